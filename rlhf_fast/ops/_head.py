@@ -1,0 +1,205 @@
+"""The products with the LM head, tile by tile: what `linear_logprob` and `fused_linear_loss` share.
+
+A tile holds the raw logits of some rows. It is made by one product, read once for its statistics, turned into its own
+gradient in place, and consumed by two more products. One buffer serves all tiles of a call.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops._rows import RowStats, Transform, row_dlogits, row_stats, stat_dtype
+
+BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Bytes of one tile of logits, by device type, when the caller does not choose."""
+
+ROW_MULTIPLE = 64
+
+
+def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a product leaves its logits: fp32 on CUDA; oneDNN hands back the inputs' dtype."""
+    return stat_dtype(dtype) if device.type == "cuda" else dtype
+
+
+def tile_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None, budget: int | None) -> int:
+    """Rows of a tile: `chunk_size`, or what fits in `budget` bytes, spread evenly over the tiles."""
+    if chunk_size is not None:
+        return max(1, min(chunk_size, n))
+    itemsize = tile_dtype(dtype, device).itemsize
+    budget = budget or BUDGET.get(device.type, BUDGET["cuda"])
+    rows = max(1, budget // (vocab * itemsize))
+    if rows >= n:
+        return max(1, n)
+    if rows > ROW_MULTIPLE:
+        rows -= rows % ROW_MULTIPLE
+        tiles = math.ceil(n / rows)
+        rows = min(rows, math.ceil(math.ceil(n / tiles) / ROW_MULTIPLE) * ROW_MULTIPLE)
+    return rows
+
+
+class Wanted(NamedTuple):
+    """Which gradients the caller needs. None of them: one product, no second pass."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+    """The gradients that autograd will ask for, now."""
+    on = torch.is_grad_enabled()
+    return Wanted(
+        on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+    )
+
+
+class Grads(NamedTuple):
+    """Accumulated gradients; a tensor of no elements where none is wanted."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Head:
+    """One call's products: the head, its tile buffer, and the gradients that build up.
+
+    hidden (N, D), weight (V, D), bias (V,) or None. Gradients: hidden in its own dtype (fp32 for fp16, whose range
+    would not hold them before loss scaling), weight and bias in fp32 (fp64 for fp64).
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tf: Transform, rows: int, want: Wanted):
+        self.hidden, self.weight, self.tf, self.want = hidden, weight, tf, want
+        self.acc = stat_dtype(weight.dtype)
+        self.bias = None if bias is None else bias.to(self.acc)
+        self.rescale = hidden.dtype == torch.float16
+        v = weight.shape[0]
+        self.wide = tile_dtype(hidden.dtype, hidden.device)
+        self.tile = hidden.new_empty((rows, v), dtype=self.wide)
+        empty = hidden.new_empty(0)
+        hidden_dtype = torch.float32 if self.rescale else hidden.dtype
+        self.grads = Grads(
+            hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else empty,
+            weight.new_zeros(weight.shape, dtype=self.acc) if want.weight else empty,
+            weight.new_zeros(v, dtype=self.acc) if want.bias else empty,
+        )
+        self.rows_forward = 0
+        self.rows_backward = 0
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Raw logits (n, V) of h (n, D), in the tile buffer. First product."""
+        z = self.tile[: h.shape[0]]
+        self.rows_forward += h.shape[0]
+        if self.wide == h.dtype:
+            return torch.mm(h, self.weight.t(), out=z)
+        return torch.mm(h, self.weight.t(), out_dtype=self.wide, out=z)
+
+    def stats(self, z: Tensor, target: Tensor, *, entropy: bool) -> RowStats:
+        """Statistics of the tile's rows."""
+        return row_stats(z, target, self.bias, self.tf, entropy=entropy)
+
+    def backward(
+        self,
+        z: Tensor,  # (n, V), overwritten
+        h: Tensor,  # (n, D)
+        rows: Tensor | slice,  # where these rows stand in hidden
+        target: Tensor,  # (n,)
+        stats: RowStats,
+        dlogprob: Tensor,  # (n,)
+        dentropy: Tensor | None,  # (n,)
+        dlse: Tensor | None = None,  # (n,)
+    ) -> None:
+        """Second and third product over the rows whose gradient is not exactly zero.
+
+        d s_j = dlogprob [j == target] + p_j (dlse - dlogprob - dentropy (log p_j + H))
+        """
+        live = dlogprob != 0
+        a, b = -dlogprob, None
+        if dlse is not None:
+            live, a = live | (dlse != 0), a + dlse
+        if dentropy is not None:
+            live, a, b = live | (dentropy != 0), a - dentropy * stats.entropy, -dentropy
+        order, kept = compaction(live)
+        if kept == 0:
+            return
+        self.rows_backward += kept
+        scale = None
+        if self.rescale:  # gradients of a mean over many tokens lie below fp16's range
+            scale = power_of_two(dlogprob, dentropy, dlse)
+            dlogprob, a, b = dlogprob * scale, a * scale, None if b is None else b * scale
+        dz = self._narrow(z)[:kept]
+        row_dlogits(z, dz, order, target, self.bias, self.tf, stats, dlogprob, a, b)
+        self._products(dz, h if order is None else h[order], rows, order, scale)
+
+    def _narrow(self, z: Tensor) -> Tensor:
+        """The tile's rows in the products' dtype, in the same bytes."""
+        if z.dtype == self.hidden.dtype:
+            return z
+        return z.view(self.hidden.dtype)[:, : z.shape[1]]
+
+    def _products(
+        self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
+    ) -> None:
+        if self.want.hidden:
+            self._add_hidden(dz, rows, order, scale)
+        if self.want.weight:
+            self._add_weight(dz, h, scale)
+        if self.want.bias:
+            db = dz.sum(0, dtype=self.acc)
+            self.grads.bias.add_(db if scale is None else db / scale)
+
+    def _add_hidden(self, dz: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
+        dst = self.grads.hidden
+        if order is None and isinstance(rows, slice) and scale is None:
+            torch.mm(dz, self.weight, out=dst[rows])
+            return
+        dh = torch.mm(dz, self.weight).to(dst.dtype)
+        if scale is not None:
+            dh /= scale
+        if order is None and isinstance(rows, slice):
+            dst[rows] = dh
+        elif isinstance(rows, slice):
+            dst[rows].index_copy_(0, order, dh)
+        else:
+            dst.index_copy_(0, rows if order is None else rows[order], dh)
+
+    def _add_weight(self, dz: Tensor, h: Tensor, scale: Tensor | None) -> None:
+        dw = self.grads.weight
+        if dz.dtype == self.acc:
+            dw.addmm_(dz.t(), h)
+        elif scale is None and dz.is_cuda:
+            torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
+        else:
+            part = torch.mm(dz.t(), h)
+            dw.add_(part if scale is None else part.to(self.acc) / scale)
+
+
+def compaction(live: Tensor) -> tuple[Tensor | None, int]:
+    """How to bring the live rows to the front of a tile while every row moves at most once.
+
+    Live rows among the first K stay; the holes there take the live rows from behind. No destination is ever another
+    row's source, so all rows may move at the same time. Returns (order (K,) or None when all are live, K). One host
+    sync.
+    """
+    n = live.shape[0]
+    kept = int(live.sum())
+    if kept in (0, n):
+        return None, kept
+    order = torch.arange(kept, device=live.device)
+    order[(~live[:kept]).nonzero().squeeze(1)] = live[kept:].nonzero().squeeze(1) + kept
+    return order, kept
+
+
+def power_of_two(*grads: Tensor | None) -> Tensor:
+    """The power of two () that brings the largest entry of the given gradients to [1, 2). 1 if they are all zero."""
+    top = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
+    exponent = torch.where((top > 0) & top.isfinite(), -torch.floor(torch.log2(top)), torch.zeros_like(top))
+    return torch.exp2(exponent.clamp(-120, 120))

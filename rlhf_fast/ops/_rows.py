@@ -1,0 +1,142 @@
+"""Row passes over a tile of logits: statistics of each row, and its gradient in place.
+
+    x = (z + bias) * scale;  y = softcap tanh(x / softcap);  s = y * inv_temperature
+    m = max s;  L = log sum exp(s - m);  logprob = (s_target - m) - L;  H = L - sum exp(s - m)(s - m) / exp(L)
+    dz = ds/dz * (d_target [j == target] + p (a + b ((s - m) - L))),   p = exp((s - m) - L)
+
+m and L are kept apart: their sum rounds at the size of the logits, 1e-3 when these are near 1e4.
+Triton and C++ carry the same two functions; the torch versions here serve every device and float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _backend
+
+
+class Transform(NamedTuple):
+    """From raw logits to the logits of the softmax: scale, then softcap, then temperature."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    inv_temperature: float = 1.0
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics (n,) in fp32 (fp64 for fp64 logits). Rows with target < 0 hold zeros."""
+
+    logprob: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _launcher(logits: Tensor):
+    """The module that carries this tensor's row passes."""
+    kind = _backend.backend(logits.device, "row_pass")
+    if kind == "torch" or logits.dtype == torch.float64:
+        return None
+    if kind == "triton":
+        from rlhf_fast.kernels import row_pass
+
+        return row_pass
+    return _backend
+
+
+def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform, *, entropy: bool) -> RowStats:
+    """Statistics of each row in one read. logits (n, V), target (n,) int64, bias (V,) fp32."""
+    n, dtype = logits.shape[0], stat_dtype(logits.dtype)
+    out = RowStats(
+        *(torch.empty(n, dtype=dtype, device=logits.device) for _ in range(3)),
+        torch.empty(n, dtype=dtype, device=logits.device) if entropy else None,
+    )
+    if n == 0:
+        return out
+    launcher = _launcher(logits)
+    if launcher is None:
+        _torch_stats(logits, target, bias, tf, out)
+    else:
+        launcher.row_stats(logits, target, bias, **tf._asdict(), **out._asdict())
+    return out
+
+
+def row_dlogits(
+    logits: Tensor,  # (n, V)
+    out: Tensor,  # (K, V); may share the storage of `logits`, row for row
+    order: Tensor | None,  # (K,) source row of each row of `out`
+    target: Tensor,  # (n,)
+    bias: Tensor | None,  # (V,)
+    tf: Transform,
+    stats: RowStats,
+    d_target: Tensor,  # (n,)
+    a: Tensor,  # (n,)
+    b: Tensor | None,  # (n,)
+) -> None:
+    """Write the gradient with respect to the raw logits of the rows named by `order`."""
+    if out.shape[0] == 0:
+        return
+    launcher = _launcher(logits)
+    args = dict(row_max=stats.row_max, log_sum=stats.log_sum, d_target=d_target, a=a, b=b)
+    if launcher is None:
+        _torch_dlogits(logits, out, order, target, bias, tf, **args)
+    else:
+        launcher.row_dlogits(logits, out, order, target, bias, **tf._asdict(), **args)
+
+
+def _shaped(logits: Tensor, bias: Tensor | None, tf: Transform) -> tuple[Tensor, Tensor | None]:
+    """(s, tanh(x / softcap) or None) in the statistics' dtype."""
+    x = logits.to(stat_dtype(logits.dtype))
+    x = (x if bias is None else x + bias) * tf.scale
+    if tf.softcap is None:
+        return x * tf.inv_temperature, None
+    t = torch.tanh(x / tf.softcap)
+    return t * tf.softcap * tf.inv_temperature, t
+
+
+def _torch_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform, out: RowStats) -> None:
+    scored = target >= 0
+    s, _ = _shaped(logits.masked_fill(~scored.unsqueeze(-1), 0), bias, tf)
+    m = s.amax(-1)
+    picked = s.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    d = s.sub_(m.unsqueeze(-1))
+    e = d.exp()
+    z = e.sum(-1)
+    log_sum = z.log()
+    values = [(picked - m) - log_sum, m, log_sum]
+    if out.entropy is not None:
+        values.append(log_sum - torch.where(e == 0, e, e * d).sum(-1) / z)
+    for dst, value in zip(out, values, strict=False):
+        dst.copy_(value.masked_fill(~scored, 0))
+
+
+def _torch_dlogits(
+    logits, out, order, target, bias, tf: Transform, *, row_max, log_sum, d_target, a, b
+) -> None:
+    rows = torch.arange(out.shape[0], device=logits.device) if order is None else order
+    live = (d_target[rows] != 0) | (a[rows] != 0)
+    if b is not None:
+        live |= b[rows] != 0
+    live = live.unsqueeze(-1)
+    s, t = _shaped(logits[rows].masked_fill(~live, 0), bias, tf)
+    log_p = (s - row_max[rows].unsqueeze(-1)) - log_sum[rows].unsqueeze(-1)
+    p = log_p.exp()
+    factor = a[rows].unsqueeze(-1)
+    if b is not None:
+        factor = factor + b[rows].unsqueeze(-1) * log_p.masked_fill(p == 0, 0)
+    grad = torch.where(p == 0, p, p * factor)
+    tgt = target[rows]
+    hit = torch.where(tgt >= 0, d_target[rows], torch.zeros_like(d_target[rows]))
+    grad.scatter_add_(-1, tgt.clamp(min=0).unsqueeze(-1), hit.unsqueeze(-1))
+    if t is not None:
+        grad = grad * (1 - t * t)
+    grad = grad * (tf.scale * tf.inv_temperature)
+    out.copy_(grad.masked_fill(~live, 0))
