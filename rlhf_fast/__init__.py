@@ -1,1 +1,24 @@
+"""Fused kernels and thin trainers for reinforcement learning on language models.
+
+    from rlhf_fast import fused_linear_loss, linear_logprob, group_advantages, policy_loss
+
+`import rlhf_fast` needs torch alone. The formulas stand in `rlhf_fast.reference`; the trainers in `rlhf_fast.trainers`.
+"""
+
+from rlhf_fast import reference
+from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
+from rlhf_fast.ops.fused import fused_linear_loss
+from rlhf_fast.ops.linear import linear_logprob
+from rlhf_fast.types import FusedLoss, LogProb
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FusedLoss",
+    "LogProb",
+    "entropy_from_logits",
+    "fused_linear_loss",
+    "linear_logprob",
+    "logprob_from_logits",
+    "reference",
+]

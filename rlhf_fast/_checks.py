@@ -100,9 +100,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """Return the offsets as a list; raise unless they rise from 0 to `total`. One host sync."""
     check_tensor(name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be (S+1,) int32 or int64, got {shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
+        raise ValueError(f"{name} must be (S+1,) int32 or int64, got {shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}")
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"{name} must run from 0 to N={total}, got {offsets[0]}..{offsets[-1]}")

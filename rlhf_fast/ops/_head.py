@@ -20,12 +20,19 @@ BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
 ROW_MULTIPLE = 64
 
 
+def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the products' inputs: the caller's, but fp32 for fp16 on the CPU, which has no fp16 units."""
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
 def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a product leaves its logits: fp32 on CUDA; oneDNN hands back the inputs' dtype."""
-    return stat_dtype(dtype) if device.type == "cuda" else dtype
+    """The dtype in which a product leaves its logits: fp32 on CUDA; oneDNN hands bf16 back for bf16."""
+    return stat_dtype(dtype) if device.type == "cuda" else work_dtype(dtype, device)
 
 
-def tile_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None, budget: int | None) -> int:
+def tile_rows(
+    n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None, budget: int | None
+) -> int:
     """Rows of a tile: `chunk_size`, or what fits in `budget` bytes, spread evenly over the tiles."""
     if chunk_size is not None:
         return max(1, min(chunk_size, n))
@@ -57,7 +64,9 @@ def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
     """The gradients that autograd will ask for, now."""
     on = torch.is_grad_enabled()
     return Wanted(
-        on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+        on and hidden.requires_grad,
+        on and weight.requires_grad,
+        on and bias is not None and bias.requires_grad,
     )
 
 
@@ -77,15 +86,17 @@ class Head:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tf: Transform, rows: int, want: Wanted):
-        self.hidden, self.weight, self.tf, self.want = hidden, weight, tf, want
-        self.acc = stat_dtype(weight.dtype)
-        self.bias = None if bias is None else bias.to(self.acc)
-        self.rescale = hidden.dtype == torch.float16
-        v = weight.shape[0]
+        self.tf, self.want = tf, want
+        self.work = work_dtype(hidden.dtype, hidden.device)
         self.wide = tile_dtype(hidden.dtype, hidden.device)
+        self.acc = stat_dtype(weight.dtype)
+        self.weight = weight.to(self.work)
+        self.bias = None if bias is None else bias.to(self.acc)
+        self.rescale = self.work == torch.float16
+        v = weight.shape[0]
         self.tile = hidden.new_empty((rows, v), dtype=self.wide)
         empty = hidden.new_empty(0)
-        hidden_dtype = torch.float32 if self.rescale else hidden.dtype
+        hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self.grads = Grads(
             hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else empty,
             weight.new_zeros(weight.shape, dtype=self.acc) if want.weight else empty,
@@ -96,11 +107,14 @@ class Head:
 
     def logits(self, h: Tensor) -> Tensor:
         """Raw logits (n, V) of h (n, D), in the tile buffer. First product."""
-        z = self.tile[: h.shape[0]]
         self.rows_forward += h.shape[0]
-        if self.wide == h.dtype:
-            return torch.mm(h, self.weight.t(), out=z)
-        return torch.mm(h, self.weight.t(), out_dtype=self.wide, out=z)
+        return self._mm(h.to(self.work), self.weight.t(), self.wide, out=self.tile[: h.shape[0]])
+
+    def _mm(self, left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """left @ right with the accumulator handed back in `dtype` where the inputs are narrower (CUDA)."""
+        if dtype == left.dtype:
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=dtype, out=out)
 
     def stats(self, z: Tensor, target: Tensor, *, entropy: bool) -> RowStats:
         """Statistics of the tile's rows."""
@@ -141,9 +155,7 @@ class Head:
 
     def _narrow(self, z: Tensor) -> Tensor:
         """The tile's rows in the products' dtype, in the same bytes."""
-        if z.dtype == self.hidden.dtype:
-            return z
-        return z.view(self.hidden.dtype)[:, : z.shape[1]]
+        return z if z.dtype == self.work else z.view(self.work)[:, : z.shape[1]]
 
     def _products(
         self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
@@ -151,7 +163,7 @@ class Head:
         if self.want.hidden:
             self._add_hidden(dz, rows, order, scale)
         if self.want.weight:
-            self._add_weight(dz, h, scale)
+            self._add_weight(dz, h.to(self.work), scale)
         if self.want.bias:
             db = dz.sum(0, dtype=self.acc)
             self.grads.bias.add_(db if scale is None else db / scale)
@@ -159,27 +171,25 @@ class Head:
     def _add_hidden(self, dz: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
         dst = self.grads.hidden
         if order is None and isinstance(rows, slice) and scale is None:
-            torch.mm(dz, self.weight, out=dst[rows])
+            self._mm(dz, self.weight, dst.dtype, out=dst[rows])
             return
-        dh = torch.mm(dz, self.weight).to(dst.dtype)
+        dh = self._mm(dz, self.weight, dst.dtype)
         if scale is not None:
             dh /= scale
-        if order is None and isinstance(rows, slice):
-            dst[rows] = dh
-        elif isinstance(rows, slice):
-            dst[rows].index_copy_(0, order, dh)
-        else:
-            dst.index_copy_(0, rows if order is None else rows[order], dh)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=dz.device)
+        dst.index_copy_(0, rows if order is None else rows[order], dh)
 
     def _add_weight(self, dz: Tensor, h: Tensor, scale: Tensor | None) -> None:
         dw = self.grads.weight
         if dz.dtype == self.acc:
             dw.addmm_(dz.t(), h)
-        elif scale is None and dz.is_cuda:
+        elif scale is not None:  # fp16 on CUDA
+            dw.add_(self._mm(dz.t(), h, self.acc) / scale)
+        elif dz.is_cuda:
             torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
         else:
-            part = torch.mm(dz.t(), h)
-            dw.add_(part if scale is None else part.to(self.acc) / scale)
+            dw.add_(torch.mm(dz.t(), h))
 
 
 def compaction(live: Tensor) -> tuple[Tensor | None, int]:
@@ -199,7 +209,8 @@ def compaction(live: Tensor) -> tuple[Tensor | None, int]:
 
 
 def power_of_two(*grads: Tensor | None) -> Tensor:
-    """The power of two () that brings the largest entry of the given gradients to [1, 2). 1 if they are all zero."""
+    """The power of two () that lifts the largest entry of the given gradients to [2^12, 2^13), so that the softmax's
+    tails stay above fp16's smallest number. 1 if all of them are zero."""
     top = torch.stack([g.abs().amax() for g in grads if g is not None]).amax()
-    exponent = torch.where((top > 0) & top.isfinite(), -torch.floor(torch.log2(top)), torch.zeros_like(top))
+    exponent = torch.where((top > 0) & top.isfinite(), 12 - torch.floor(torch.log2(top)), torch.zeros_like(top))
     return torch.exp2(exponent.clamp(-120, 120))

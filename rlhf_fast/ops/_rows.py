@@ -118,9 +118,7 @@ def _torch_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transf
         dst.copy_(value.masked_fill(~scored, 0))
 
 
-def _torch_dlogits(
-    logits, out, order, target, bias, tf: Transform, *, row_max, log_sum, d_target, a, b
-) -> None:
+def _torch_dlogits(logits, out, order, target, bias, tf: Transform, *, row_max, log_sum, d_target, a, b) -> None:
     rows = torch.arange(out.shape[0], device=logits.device) if order is None else order
     live = (d_target[rows] != 0) | (a[rows] != 0)
     if b is not None:

@@ -74,7 +74,9 @@ def fused_linear_loss(hidden, weight, target, loss_fn, *, batch=None, segments=N
     want_entropy = entropy or getattr(loss_fn, "needs_entropy", False)
     out = linear_logprob(hidden, weight, target, entropy=want_entropy, **head)
     scored = (target != ignore_index).reshape(-1)
-    batch = {k: v.reshape(-1) if torch.is_tensor(v) and v.shape == target.shape else v for k, v in (batch or {}).items()}
+    batch = {
+        k: v.reshape(-1) if torch.is_tensor(v) and v.shape == target.shape else v for k, v in (batch or {}).items()
+    }
     if hasattr(loss_fn, "prepare"):
         batch = loss_fn.prepare(batch, scored, segments)
     batch = {k: v[scored] if torch.is_tensor(v) and v.dim() and v.shape[0] == n else v for k, v in batch.items()}
@@ -86,3 +88,12 @@ def fused_linear_loss(hidden, weight, target, loss_fn, *, batch=None, segments=N
     value = loss_fn(out.logprob.reshape(-1)[scored], h, batch)
     loss, metrics = value if isinstance(value, tuple) else (value, {})
     return FusedLoss(loss, out.logprob.detach(), out.entropy.detach() if want_entropy else None, metrics)
+
+
+def entropy_from_logits(
+    logits: Tensor, *, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """-sum_j p_j log p_j."""
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    return logprob_from_logits(logits, target, entropy=True, **options).entropy

@@ -1,0 +1,263 @@
+"""`linear_logprob`: log-probabilities of targets under a linear head, without the logits tensor.
+
+Forward: one product per tile, one read of the tile. Backward: recompute the tile, turn it into its gradient in place,
+two more products. Ignored rows reach no product; rows whose upstream gradients are all zero are not even recomputed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _checks
+from rlhf_fast.ops._head import Head, Wanted, tile_rows, wanted
+from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
+from rlhf_fast.types import LogProb
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+) -> LogProb:
+    """Log-probabilities of `target` under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp.
+
+        s = softcap(z * logit_scale) / temperature,   z = hidden @ weight.T + bias
+        logprob = s_target - lse(s),   entropy = -sum_j p_j log p_j,   softcap(x) = c tanh(x / c)
+
+    Equivalent to `reference.linear_logprob`, without materialising the logits (N, V).
+
+    Args:
+        hidden: (N, D) or (..., D) float. Differentiable.
+        weight: (V, D), dtype of `hidden`. Differentiable; frozen, it costs no product.
+        target: (N,) or (...) int64 or int32, already aligned to `hidden` (nothing is shifted here).
+        bias: (V,) or None. Differentiable.
+        temperature: > 0. The last step: after scale and softcap.
+        logit_scale: multiplies the raw logits (Cohere, Granite, ...).
+        softcap: cap > 0 (Gemma 2) or None.
+        ignore_index: targets equal to it give 0 in every output, no gradient, and their rows reach no product.
+        entropy: also return the differentiable entropy.
+        chunk_size: rows of one tile of logits. None: from `memory_budget`.
+        memory_budget: bytes of one tile of logits. None: 64 MiB on the CPU, 1 GiB on a GPU.
+    Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), on
+        the inputs' device. All three are differentiable.
+    Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
+        outside [0, V).
+    Source: the recomputation is that of Wijmans et al. 2024, "Cut Your Losses", section 4.
+    Notes: statistics in fp32; on CUDA the logits are never rounded below fp32. Under autocast the inputs are cast to
+        its dtype. Second derivatives raise. A row whose logits are all -inf gives NaN.
+    Example:
+        >>> hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+        >>> logprob, _, lse = linear_logprob(hidden, weight, torch.tensor([0, 3, -100, 10, 1]))
+        >>> logprob.shape
+        torch.Size([5])
+    """
+    hidden, weight, bias = check_head(hidden, weight, bias, target)
+    tf = check_transform(temperature, logit_scale, softcap)
+    chunk, budget = check_chunk(chunk_size, memory_budget)
+    logprob, h, lse, _, _ = _linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        tf.scale,
+        tf.softcap,
+        tf.inv_temperature,
+        ignore_index,
+        entropy,
+        chunk,
+        budget,
+    )
+    shape = target.shape
+    return LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Validate the tensors of a head and cast them to autocast's dtype where that is on."""
+    _checks.check_float("hidden", hidden)
+    _checks.check_float("weight", weight)
+    if hidden.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"hidden must be (..., D) and weight (V, D), got {_checks.shape_str(hidden.shape)} and "
+            f"{_checks.shape_str(weight.shape)}"
+        )
+    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be (V, D) with V > 0 and D={hidden.shape[-1]} as in hidden "
+            f"{_checks.shape_str(hidden.shape)}, got {_checks.shape_str(weight.shape)}"
+        )
+    _checks.check_target("target", target, hidden.shape[:-1], "hidden's leading shape ")
+    if bias is not None:
+        _checks.check_float("bias", bias)
+        _checks.check_shape("bias", bias, weight.shape[:1], "(V,)")
+    _checks.check_same_device(hidden=hidden, weight=weight, bias=bias, target=target)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _checks.check_same_dtype(hidden=hidden, weight=weight)
+    return hidden, weight, bias
+
+
+def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
+    """Validate the scalars between raw logits and softmax."""
+    temperature = _checks.check_positive("temperature", temperature)
+    logit_scale = _checks.check_finite("logit_scale", logit_scale)
+    softcap = None if softcap is None else _checks.check_positive("softcap", softcap)
+    return Transform(logit_scale, softcap, 1.0 / temperature)
+
+
+def check_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[int | None, int | None]:
+    """Validate the two ways to size a tile."""
+    for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+    return chunk_size, memory_budget
+
+
+def scored_rows(target: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
+    """Rows (n,) int64 whose target counts, None when all do; raises on a target outside the vocabulary."""
+    mask = target != ignore_index
+    _checks.check_target_range("target", target, mask, vocab)
+    rows = mask.nonzero().squeeze(1)
+    return None if rows.shape[0] == target.shape[0] else rows
+
+
+@torch.library.custom_op("rlhf_fast::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float | None,
+    inv_temperature: float,
+    ignore_index: int,
+    entropy: bool,
+    chunk_size: int | None,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy or empty, lse, row max, log-sum), each (N,)."""
+    n = hidden.shape[0]
+    dtype = stat_dtype(hidden.dtype)
+    logprob, lse, row_max, log_sum = (hidden.new_zeros(n, dtype=dtype) for _ in range(4))
+    h = hidden.new_zeros(n if entropy else 0, dtype=dtype)
+    live = scored_rows(target, ignore_index, weight.shape[0])
+    count = n if live is None else live.shape[0]
+    step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
+    tf = Transform(scale, softcap, inv_temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, bias, tf, step, Wanted(False, False, False))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rows = slice(start, stop) if live is None else live[start:stop]
+            stats = head.stats(head.logits(hidden[rows]), target[rows].long(), entropy=entropy)
+            logprob[rows], row_max[rows], log_sum[rows] = stats[:3]
+            lse[rows] = stats.row_max + stats.log_sum
+            if entropy:
+                h[rows] = stats.entropy
+    return logprob, h, lse, row_max, log_sum
+
+
+@_linear_logprob.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    target,
+    scale,
+    softcap,
+    inv_temperature,
+    ignore_index,
+    entropy,
+    chunk_size,
+    memory_budget,
+):
+    n, dtype = hidden.shape[0], stat_dtype(hidden.dtype)
+    new = lambda size: hidden.new_empty(size, dtype=dtype)  # noqa: E731
+    return new(n), new(n if entropy else 0), new(n), new(n), new(n)
+
+
+@torch.library.custom_op("rlhf_fast::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    dlogprob: Tensor,
+    dentropy: Tensor,
+    dlse: Tensor,
+    scale: float,
+    softcap: float | None,
+    inv_temperature: float,
+    ignore_index: int,
+    chunk_size: int | None,
+    memory_budget: int | None,
+    want: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, in their dtypes; empty where not wanted."""
+    has_entropy = entropy.numel() > 0
+    live = (target != ignore_index) & ((dlogprob != 0) | (dlse != 0) | (dentropy != 0 if has_entropy else False))
+    live = live.nonzero().squeeze(1)
+    count = live.shape[0]
+    step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
+    tf = Transform(scale, softcap, inv_temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, bias, tf, step, Wanted(*want))
+        for start in range(0, count, step):
+            rows = live[start : start + step]
+            if count == hidden.shape[0]:
+                rows = slice(start, min(start + step, count))
+            h = hidden[rows]
+            stats = RowStats(dlogprob[rows], row_max[rows], log_sum[rows], entropy[rows] if has_entropy else None)
+            grads = (dlogprob[rows], dentropy[rows] if has_entropy else None, dlse[rows])
+            head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
+    dhidden, dweight, dbias = head.grads
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+@_linear_logprob_backward.register_fake
+def _(hidden, weight, bias, target, entropy, row_max, log_sum, dlogprob, dentropy, dlse, scale, softcap, *args):
+    want = args[-1]
+    return (
+        hidden.new_empty(hidden.shape if want[0] else (0,)),
+        weight.new_empty(weight.shape if want[1] else (0,)),
+        (hidden if bias is None else bias).new_empty((weight.shape[0],) if want[2] else (0,)),
+    )
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, bias, target, *ctx.scalars = inputs
+    _, entropy, _, row_max, log_sum = output
+    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.set_materialize_grads(True)
+    ctx.save_for_backward(hidden, weight, bias, target, entropy, row_max, log_sum)
+
+
+def _backward(ctx, dlogprob, dentropy, dlse, _max, _sum):
+    hidden, weight, bias, target, entropy, row_max, log_sum = ctx.saved_tensors
+    scale, softcap, inv_temperature, ignore_index, _, chunk_size, memory_budget = ctx.scalars
+    want = [bool(w) for w in ctx.needs_input_grad[:3]]
+    grads = _linear_logprob_backward(
+        *(hidden, weight, bias, target, entropy, row_max, log_sum, dlogprob, dentropy, dlse),
+        *(scale, softcap, inv_temperature, ignore_index, chunk_size, memory_budget, want),
+    )
+    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 8)
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_save)

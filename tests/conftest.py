@@ -1,0 +1,27 @@
+"""Where the suite runs: on the GPU when there is one, otherwise Triton's kernels go through its interpreter."""
+
+import os
+
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import pytest  # noqa: E402
+
+
+def pytest_report_header() -> list[str]:
+    where = torch.cuda.get_device_name() if ON_GPU else "none: Triton kernels are interpreted on the CPU"
+    return [f"torch {torch.__version__}, GPU: {where}"]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which the GPU-capable tests run."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
