@@ -1,0 +1,198 @@
+#include "scans.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../common/affine_scan.h"
+#include "../common/moments.h"
+
+namespace rlhf_fast {
+namespace {
+
+constexpr int64_t kBlock = 4096;           // elements whose moments are formed together
+constexpr int64_t kParallelFrom = 1 << 14;  // below this, starting threads costs more than it saves
+
+int useful_threads(int64_t elements, int threads) { return elements < kParallelFrom ? 1 : std::max(threads, 1); }
+
+int64_t sequence_begin(const GaeArgs& a, int64_t b) { return a.offsets ? a.offsets[b] : b * a.length; }
+
+void write_token(const GaeArgs& a, int64_t i, bool counts, double state) {
+  const double reward_to_go = double(a.rewards[i]) + state;
+  if (a.returns) a.returns[i] = counts ? float(reward_to_go) : 0.0f;
+  if (a.advantages) {
+    const double value = a.values ? double(a.values[i]) : 0.0;
+    a.advantages[i] = counts ? float(reward_to_go - value) : 0.0f;
+  }
+}
+
+Affine<double> token_map(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t i, bool counts) {
+  return gae_map(k, double(a.rewards[i]), a.values ? double(a.values[i]) : 0.0, counts);
+}
+
+// kMasked is a template parameter so that the common unmasked loop carries no loads or selects for it.
+template <bool kMasked>
+void gae_sequence(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t b) {
+  const int64_t begin = sequence_begin(a, b);
+  int64_t i = sequence_begin(a, b + 1) - 1;
+  double state = a.bootstrap ? k.gamma * double(a.bootstrap[b]) : 0.0;
+  if (kMasked) {  // tokens after the last that counts are outside the sequence in either mode
+    for (; i >= begin && !a.mask[i]; --i) write_token(a, i, false, 0.0);
+  }
+  for (; i >= begin; --i) {
+    const bool counts = !kMasked || a.mask[i];
+    write_token(a, i, counts, state);
+    state = apply(token_map(a, k, i, counts), state);
+  }
+}
+
+}  // namespace
+
+void gae(const GaeArgs& a, int threads) {
+  const GaeCoefficients<double> k(a.gamma, a.lam, a.carry);
+  const int64_t n = sequence_begin(a, a.batch);
+  threads = useful_threads(n, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < a.batch; ++b) {
+    if (a.mask) {
+      gae_sequence<true>(a, k, b);
+    } else {
+      gae_sequence<false>(a, k, b);
+    }
+  }
+}
+
+namespace {
+
+// Token i's sequence, and whether it is the last that counts there (zero mode) or the last of all (carry).
+struct Place {
+  int64_t sequence;
+  bool last;
+};
+
+Place place_of(const GaeArgs& a, const std::vector<int64_t>& ends, int64_t i) {
+  const int64_t b = a.offsets ? find_sequence(a.offsets, 0, a.batch - 1, i) : i / a.length;
+  return {b, i == ends[b] - 1};
+}
+
+float start_state(const GaeArgs& a, const GaeCoefficients<float>& k, int64_t b) {
+  return a.bootstrap ? k.gamma * a.bootstrap[b] : 0.0f;
+}
+
+Affine<float> tiled_map(const GaeArgs& a, const GaeCoefficients<float>& k, const std::vector<int64_t>& ends,
+                        int64_t i) {
+  const bool counts = !a.mask || a.mask[i];
+  const Affine<float> f = gae_map(k, a.rewards[i], a.values ? a.values[i] : 0.0f, counts);
+  const Place at = place_of(a, ends, i);
+  return at.last ? constant_map(f, start_state(a, k, at.sequence)) : f;
+}
+
+}  // namespace
+
+void gae_tiled(const GaeArgs& a, int64_t n, int64_t tile, int64_t lane, const uint8_t* published) {
+  const GaeCoefficients<float> k(a.gamma, a.lam, a.carry);
+  std::vector<int64_t> ends(a.batch);
+  for (int64_t b = 0; b < a.batch; ++b) {
+    ends[b] = sequence_begin(a, b + 1);
+    if (a.mask && !a.carry) {
+      while (ends[b] > sequence_begin(a, b) && !a.mask[ends[b] - 1]) --ends[b];
+    }
+  }
+  const int64_t tiles = (n + tile - 1) / tile;
+  std::vector<Affine<float>> aggregate(tiles);
+  std::vector<float> prefix(tiles);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t high = n - t * tile, low = std::max<int64_t>(0, high - tile);
+    std::vector<Affine<float>> before;  // composition of the tile's runs up to each run
+    Affine<float> total = identity_map<float>();
+    for (int64_t end = high; end > low; end -= lane) {
+      before.push_back(total);
+      Affine<float> run = identity_map<float>();
+      for (int64_t i = end - 1; i >= std::max(low, end - lane); --i) run = compose(tiled_map(a, k, ends, i), run);
+      total = compose(run, total);
+    }
+    aggregate[t] = total;
+    int64_t seen = t - 1;  // nearest earlier tile whose prefix this one may read
+    while (seen > 0 && !published[seen]) --seen;
+    float state = t == 0 ? 0.0f : prefix[seen];
+    for (int64_t u = seen + 1; u < t; ++u) state = apply(aggregate[u], state);
+    prefix[t] = apply(total, state);
+    for (size_t r = 0; r < before.size(); ++r) {
+      float s = apply(before[r], state);
+      const int64_t end = high - int64_t(r) * lane;
+      for (int64_t i = end - 1; i >= std::max(low, end - lane); --i) {
+        const Place at = place_of(a, ends, i);
+        const bool counts = !a.mask || a.mask[i];
+        write_token(a, i, counts, double(at.last ? start_state(a, k, at.sequence) : s));
+        s = apply(tiled_map(a, k, ends, i), s);
+      }
+    }
+  }
+}
+
+void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  std::vector<Moments> partial(blocks);
+  threads = useful_threads(n, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * kBlock, end = std::min(n, begin + kBlock);
+    double count = 0.0, sum = 0.0, m2 = 0.0;
+    for (int64_t i = begin; i < end; ++i) {
+      const bool counts = !mask || mask[i];
+      count += counts ? 1.0 : 0.0;
+      sum += counts ? double(x[i]) : 0.0;
+    }
+    const double mean = count > 0.0 ? sum / count : 0.0;
+    for (int64_t i = begin; i < end; ++i) {
+      const double deviation = !mask || mask[i] ? double(x[i]) - mean : 0.0;
+      m2 += deviation * deviation;
+    }
+    partial[b] = {count, mean, m2};
+  }
+  Moments total{0.0, 0.0, 0.0};
+  for (const Moments& p : partial) total = merge(total, p);
+  out[0] = total.count;
+  out[1] = total.mean;
+  out[2] = total.m2;
+}
+
+void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift, float* out,
+            int threads) {
+  threads = useful_threads(n, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = !mask || mask[i] ? float((double(x[i]) - mean) * scale + shift) : 0.0f;
+  }
+}
+
+void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
+                 int threads) {
+  threads = useful_threads(groups ? offsets[groups] : 0, threads);
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads) if (threads > 1)
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto value = [&](int64_t i) { return values[order ? order[i] : i]; };
+    const int64_t begin = offsets[g], end = offsets[g + 1];
+    int64_t first = begin;
+    while (first < end && !std::isfinite(value(first))) ++first;
+    // Everything is measured from one member of the group, so that equal rewards deviate by exactly 0.
+    const double pivot = first < end ? value(first) : 0.0;
+    double count = 0.0, sum = 0.0, m2 = 0.0;
+    for (int64_t i = first; i < end; ++i) {
+      const double d = value(i) - pivot;
+      const bool finite = std::isfinite(value(i));
+      count += finite ? 1.0 : 0.0;
+      sum += finite ? d : 0.0;
+    }
+    const double mean = count > 0.0 ? sum / count : 0.0;
+    for (int64_t i = first; i < end; ++i) {
+      const double d = std::isfinite(value(i)) ? (value(i) - pivot) - mean : 0.0;
+      m2 += d * d;
+    }
+    out[g] = count;
+    out[groups + g] = pivot + mean;
+    out[2 * groups + g] = m2;
+  }
+}
+
+}  // namespace rlhf_fast

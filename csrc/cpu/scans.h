@@ -1,0 +1,44 @@
+// Scans and segmented statistics for the CPU. Raw pointers; nothing here knows of Python or torch.
+#pragma once
+
+#include <cstdint>
+
+namespace rlhf_fast {
+
+// Advantages and returns of a packed batch. `values` may be null (zeros); so may either output.
+// `offsets` (batch + 1) cuts the batch into sequences; null: `batch` sequences of `length` tokens.
+// `bootstrap` (batch) is the value after a sequence's last token; null: zero.
+struct GaeArgs {
+  const float* rewards;
+  const float* values;
+  const uint8_t* mask;  // null: every token counts
+  const int64_t* offsets;
+  int64_t batch;
+  int64_t length;
+  double gamma;
+  double lam;
+  bool carry;
+  const float* bootstrap;
+  float* advantages;
+  float* returns;
+};
+
+void gae(const GaeArgs& args, int threads);
+
+// The order of work of the CUDA kernel, for tests: tiles of `tile` tokens, each the sum of its `lane`-token runs;
+// tile prefixes found by look-back, where `published` (one byte a tile) says whose prefix a tile may see.
+void gae_tiled(const GaeArgs& args, int64_t n, int64_t tile, int64_t lane, const uint8_t* published);
+
+// count, mean, m2 of the counted elements, in blocks of fixed size: the same bits on any number of threads.
+void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int threads);
+
+// (x - mean) * scale + shift where counted, else 0.
+void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift, float* out,
+            int threads);
+
+// out (3, groups): count, mean, m2 of the finite values of each group. `order` (n) lists rows group by group
+// (null: rows are already so); `offsets` (groups + 1) cuts that list.
+void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
+                 int threads);
+
+}  // namespace rlhf_fast
