@@ -1,0 +1,394 @@
+"""Sampling completions: one small protocol, and two samplers that follow it.
+
+A sampler is called with token-id prompts and a group size and returns a `Rollout`: flat ids and log-probabilities
+with `cu_seqlens`, prompt-major (the G completions of prompt 0 first). `GroupSampler` prefills each prompt once for
+its whole group and runs its own decode loop; `GenerateSampler` leaves decoding to `model.generate`.
+
+Departures from the textbook loop:
+- finished rows leave the batch once they are the majority (`compact_below`), so a straggler decodes alone;
+- keys and values are written into room reserved once, instead of being concatenated at every token;
+- log-probabilities are recorded in fp32 at the sampling temperature, over the whole vocabulary: top-k and top-p
+  restrict what is drawn, not what is recorded, which biases importance ratios (a warning says so).
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How tokens are drawn. `top_k=0` and `top_p=1.0` mean unrestricted; `greedy` takes the likeliest token."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature} (use greedy=True for argmax)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.restricted and not self.greedy:
+            warnings.warn(
+                f"top_k={self.top_k}, top_p={self.top_p}: tokens are drawn from a restricted distribution but "
+                "log-probabilities are of the full one, so importance ratios are biased",
+                stacklevel=3,
+            )
+
+    @property
+    def restricted(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def exact(self) -> bool:
+        """True when the recorded log-probabilities are those of the distribution that was drawn from."""
+        return not self.restricted and not self.greedy
+
+
+class Rollout(NamedTuple):
+    """What a sampler returns. B = prompts x group size, prompt-major."""
+
+    ids: Tensor  # (N,) int64: sampled tokens, EOS included, no padding
+    logprob: Tensor  # (N,) fp32, at the sampling temperature
+    cu_seqlens: Tensor  # (B+1,) int32
+    finish: list[str]  # (B) "stop": ended with EOS; "length": cut
+    settings: SamplerSettings
+
+    @property
+    def lengths(self) -> Tensor:
+        return (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
+
+    def completions(self) -> list[list[int]]:
+        """The token ids as Python lists, one per sequence."""
+        flat, ends = self.ids.tolist(), self.cu_seqlens.tolist()
+        return [flat[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+class Sampler(Protocol):
+    settings: SamplerSettings
+
+    def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() for every module inside the block; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _at_once(batch_size: int | None, prompts: int, group_size: int) -> int:
+    """Prompts whose groups fit in a batch; at least one."""
+    if prompts == 0:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    return prompts if batch_size is None else max(1, batch_size // group_size)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and lengths (B,), prompts flush right."""
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts must be non-empty lists of token ids, row {row} is empty")
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], dtype=torch.long)
+    return ids.to(device), torch.tensor([len(p) for p in prompts], device=device)
+
+
+class _RoomyLayer(DynamicLayer):
+    """A full-attention cache layer, repeated for the group, with room for the tokens to come."""
+
+    def __init__(self, layer: DynamicLayer, repeats: int, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.key_room = self._reserve(layer.keys, repeats, room)
+        self.value_room = self._reserve(layer.values, repeats, room)
+        self._view(layer.keys.shape[2])
+
+    @staticmethod
+    def _reserve(states: Tensor, repeats: int, room: int) -> Tensor:
+        rows, heads, length, width = states.shape
+        out = states.new_empty(rows, repeats, heads, length + room, width)
+        out[:, :, :, :length] = states[:, None]
+        return out.flatten(0, 1)
+
+    def _view(self, length: int) -> None:
+        self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self.key_room[:, :, start:end] = key_states
+        self.value_room[:, :, start:end] = value_states
+        self._view(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.keys.shape[2]
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self._view(length)
+
+
+def _expand(cache: DynamicCache, repeats: int, room: int) -> None:
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = _RoomyLayer(layer, repeats, room)
+        elif repeats > 1:
+            layer.batch_repeat_interleave(repeats)
+
+
+def _flat(ids: Tensor, logprob: Tensor, lengths: Tensor, stopped: Tensor, settings: SamplerSettings) -> Rollout:
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+    finish = ["stop" if s else "length" for s in stopped.tolist()]
+    return Rollout(ids[mask], logprob[mask], cu_seqlens, finish, settings)
+
+
+class GroupSampler:
+    """Prefills each prompt once, expands its cache to the group and decodes token by token.
+
+    Args:
+        model: a causal LM of transformers (also under PEFT). Its weights are read, its mode is restored.
+        settings: `SamplerSettings`.
+        seed: seeds the sampler's own generator, saved by `state_dict`.
+        batch_size: sequences decoded at once; None decodes all. Bounds the cache's memory.
+        compact_below: finished rows are dropped when the unfinished fraction falls under this. 0 never drops.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SamplerSettings,
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+        compact_below: float = 0.5,
+    ):
+        self.model, self.settings = model, settings
+        self.batch_size, self.compact_below = batch_size, compact_below
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        names = inspect.signature(type(base).forward).parameters
+        self._takes_positions = "position_ids" in names
+        self._prefill_args = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self._config, self._shares = base.config, True
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._eos = torch.tensor(settings.eos_token_ids, device=self.device)
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+
+    def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout:
+        at_once = _at_once(self.batch_size, len(prompts), group_size)
+        with evaluating(self.model), torch.no_grad():
+            parts = [self._sample(prompts[i : i + at_once], group_size) for i in range(0, len(prompts), at_once)]
+        return _flat(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], group_size: int):
+        """The group's cache, its next-token logits (B, V), the padding mask (or None) and prompt lengths (B,)."""
+        ids, lengths = pad_left(prompts, self.settings.pad_token_id, self.device)
+        shared = self._shares and group_size > 1
+        if not shared:
+            ids, lengths = ids.repeat_interleave(group_size, 0), lengths.repeat_interleave(group_size, 0)
+        mask = None
+        if int(lengths.min()) < ids.shape[1]:
+            mask = torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths[:, None]
+        positions = (torch.arange(ids.shape[1], device=self.device) - (ids.shape[1] - lengths[:, None])).clamp_(min=0)
+        cache = DynamicCache(config=self._config)
+        logits = self._forward(ids, mask, positions, cache, **self._prefill_args)
+        repeats, room = (group_size if shared else 1), self.settings.max_new_tokens
+        try:
+            _expand(cache, repeats, room)
+        except (AttributeError, NotImplementedError):
+            warnings.warn(
+                f"{type(self.model).__name__}'s cache cannot be repeated for a group: each prompt is prefilled "
+                f"{group_size} times instead of once",
+                stacklevel=4,
+            )
+            self._shares = False
+            return self._prefill(prompts, group_size)
+        if shared:
+            logits, lengths = logits.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats, 0)
+            mask = None if mask is None else mask.repeat_interleave(repeats, 0)
+        return cache, logits, mask, lengths
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache, **kwargs) -> Tensor:
+        if self._takes_positions:
+            kwargs["position_ids"] = positions
+        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
+        return out.logits[:, -1]
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B,) and their log-probabilities (B,): argmax of log p - log E, E ~ Exp(1), is a draw from p."""
+        settings = self.settings
+        logprobs = torch.log_softmax(logits.float() / settings.temperature, dim=-1)
+        if settings.greedy:
+            token = logprobs.argmax(-1)
+        else:
+            drawn_from = restrict(logprobs, settings.top_k, settings.top_p) if settings.restricted else logprobs
+            noise = torch.empty_like(drawn_from).exponential_(generator=self.generator)
+            noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
+            token = (drawn_from - noise).argmax(-1)
+        return token, logprobs.gather(1, token[:, None])[:, 0]
+
+    def _sample(self, prompts: Sequence[Sequence[int]], group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Padded ids and log-probabilities (B, max_new_tokens), lengths (B,), stopped (B,)."""
+        steps, device = self.settings.max_new_tokens, self.device
+        cache, logits, mask, position = self._prefill(prompts, group_size)
+        total = len(position)
+        ids = torch.full((total, steps), self.settings.pad_token_id, device=device)
+        logprob = torch.zeros(total, steps, device=device)
+        lengths = torch.full((total,), steps, device=device)
+        stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        rows = torch.arange(total, device=device)  # the sequences still in the batch
+        look_every = 1 if device.type == "cpu" else 8  # looking costs the accelerator a sync
+        compacts = self.compact_below > 0 and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+        for t in range(steps):
+            token, ids_logprob = self._draw(logits)
+            ids[rows, t], logprob[rows, t] = token, ids_logprob
+            ends = torch.isin(token, self._eos) & ~stopped[rows]
+            lengths[rows] = torch.where(ends, t + 1, lengths[rows])
+            stopped[rows] |= ends
+            if t + 1 == steps:
+                break
+            if t % look_every == 0:
+                going = (~stopped[rows]).nonzero()[:, 0]
+                if len(going) == 0:
+                    break
+                if compacts and len(going) < self.compact_below * len(rows):
+                    cache.batch_select_indices(going)
+                    rows, token, position = rows[going], token[going], position[going]
+                    mask = None if mask is None else mask[going]
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(token[:, None], mask, position[:, None], cache)
+            position = position + 1
+        return ids, logprob, lengths, stopped
+
+
+def restrict(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(B, V) with -inf outside the top-k tokens and outside the smallest set of mass >= top_p."""
+    if 0 < top_k < logprobs.shape[-1]:
+        kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -torch.inf)
+    if top_p < 1:
+        ordered, index = logprobs.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p  # the mass before this token already suffices
+        logprobs = logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    return logprobs
+
+
+class _Recorder(LogitsProcessor):
+    """Divides by the temperature and keeps the log-probability of each token once `generate` has chosen it."""
+
+    def __init__(self, settings: SamplerSettings):
+        self.settings, self.last, self.columns = settings, None, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.take(input_ids)
+        self.last = torch.log_softmax(scores.float() / self.settings.temperature, dim=-1)
+        if self.settings.restricted:
+            return restrict(self.last, self.settings.top_k, self.settings.top_p)
+        return self.last
+
+    def take(self, input_ids: Tensor) -> None:
+        if self.last is not None:
+            self.columns.append(self.last.gather(1, input_ids[:, -1:]))
+
+
+class GenerateSampler:
+    """The same protocol over `model.generate` with left padding: for models whose decoding is their own."""
+
+    def __init__(self, model: nn.Module, settings: SamplerSettings, *, seed: int = 0, batch_size: int | None = None):
+        self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.device = next(model.parameters()).device
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self._state = generator.get_state()
+
+    def state_dict(self) -> dict:
+        return {"generator": self._state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._state = state["generator"]
+
+    def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout:
+        at_once = _at_once(self.batch_size, len(prompts), group_size)
+        on_cpu = self.device.type == "cpu"
+        rng = torch if on_cpu else torch.get_device_module(self.device)
+        devices = {"devices": []} if on_cpu else {"devices": [self.device], "device_type": self.device.type}
+        with torch.random.fork_rng(**devices), evaluating(self.model), torch.no_grad():
+            rng.set_rng_state(self._state)  # generate draws from the global generator only
+            parts = [self._sample(prompts[i : i + at_once], group_size) for i in range(0, len(prompts), at_once)]
+            self._state = rng.get_rng_state()
+        return _flat(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
+
+    def _sample(self, prompts: Sequence[Sequence[int]], group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        settings, steps = self.settings, self.settings.max_new_tokens
+        prompt_ids, prompt_lengths = pad_left(prompts, settings.pad_token_id, self.device)
+        prompt_ids, prompt_lengths = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_lengths))
+        width = prompt_ids.shape[1]
+        mask = torch.arange(width, device=self.device) >= width - prompt_lengths[:, None]
+        recorder = _Recorder(settings)
+        out = self.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=mask.long(),
+            logits_processor=LogitsProcessorList([recorder]),
+            do_sample=not settings.greedy,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=steps,
+            eos_token_id=list(settings.eos_token_ids),
+            pad_token_id=settings.pad_token_id,
+        )
+        recorder.take(out)
+        got = out[:, width:]
+        is_eos = torch.isin(got, torch.tensor(settings.eos_token_ids, device=self.device))
+        stopped = is_eos.any(1)
+        lengths = torch.where(stopped, is_eos.int().argmax(1) + 1, got.shape[1])
+        ids = torch.full((len(got), steps), settings.pad_token_id, device=self.device)
+        logprob = torch.zeros(len(got), steps, device=self.device)
+        ids[:, : got.shape[1]], logprob[:, : got.shape[1]] = got, torch.cat(recorder.columns, dim=1)
+        return ids, logprob, lengths, stopped
+
+
+def make_sampler(kind: str, model: nn.Module, settings: SamplerSettings, **kwargs) -> Sampler:
+    """The sampler named in a config: "group" (default) or "generate"."""
+    samplers = {"group": GroupSampler, "generate": GenerateSampler}
+    if kind not in samplers:
+        raise ValueError(f"sampler must be one of {sorted(samplers)}, got {kind!r}")
+    return samplers[kind](model, settings, **kwargs)
