@@ -1,0 +1,190 @@
+"""`fuse_lm_head`: log-probabilities and losses through a causal LM's own forward, its logits never formed.
+
+The head's module is called where the model calls it, so FSDP, ZeRO-3, PEFT and gradient checkpointing see an ordinary
+module call. In a fused call it computes the result right there and hands the model four made-up logits instead, which
+also shows what the model does to its logits afterwards (a scale, a soft cap): nothing about an architecture is
+guessed, and an unknown transformation is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_fast import _checks
+from rlhf_fast.ops.fused import LossFn, fused_linear_loss
+from rlhf_fast.ops.linear import linear_logprob
+from rlhf_fast.types import FusedLoss, LogProb
+
+PROBE = (0.5, -2.0, 8.0, 60.0)
+"""Logits handed to the model in a fused call; their images tell scale and soft cap."""
+
+SCALES = {  # config key -> factor on the raw logits
+    "logit_scale": lambda value: value,  # Cohere
+    "logits_scaling": lambda value: 1 / value,  # Granite
+    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+}
+SOFTCAP = "final_logit_softcapping"  # Gemma
+
+
+def fuse_lm_head(model: nn.Module) -> nn.Module:
+    """Give a causal LM's forward the keywords of the fused head; returns the model.
+
+    Afterwards `model(input_ids, ..., target_ids=t)` returns LogProb(logprob, entropy, lse) of the targets, and
+    `model(input_ids, ..., target_ids=t, loss_fn=f, batch=..., segments=...)` returns FusedLoss. Without `target_ids`
+    the forward is the model's own, so `generate` is unchanged.
+
+    Keywords of a fused call:
+        target_ids: (B, T) int64, aligned to the hidden states: `target_ids[:, i]` is the token that position i
+            predicts, `input_ids[:, i + 1]` as a rule. -100: not scored, not computed.
+        loss_fn, batch, segments, entropy, temperature, chunk_size, memory_budget: as in `fused_linear_loss` and
+            `linear_logprob`. Soft cap and logit scale are the model's own.
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+    Raises: TypeError if the model has no linear output head; ValueError in the fused call if the model transforms its
+        logits in a way that its config does not explain, or carries an adapter on the head.
+    Example:
+        >>> from transformers import Qwen2Config, Qwen2ForCausalLM
+        >>> tiny = dict(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = fuse_lm_head(Qwen2ForCausalLM(Qwen2Config(**tiny, num_key_value_heads=2)))
+        >>> ids = torch.randint(0, 17, (2, 5))
+        >>> model(ids[:, :-1], target_ids=ids[:, 1:]).logprob.shape
+        torch.Size([2, 4])
+    """
+    base = _base(model)
+    if hasattr(base, "_unfused_forward"):
+        return model
+    head = _head(base)
+    base._unfused_forward, head._unfused_forward = base.forward, head.forward
+    wrapped = functools.wraps(type(base).forward)(_model_forward)
+    base.forward = types.MethodType(wrapped, base)
+    head.forward = types.MethodType(_head_forward, head)
+    return model
+
+
+def unfuse_lm_head(model: nn.Module) -> nn.Module:
+    """Take `fuse_lm_head` back; returns the model."""
+    base = _base(model)
+    if hasattr(base, "_unfused_forward"):
+        for module in (_head(base), base):
+            del module.forward, module._unfused_forward
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse_lm_head` has been applied."""
+    return hasattr(_base(model), "_unfused_forward")
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head(base: nn.Module) -> nn.Module:
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if not isinstance(getattr(head, "weight", None), Tensor) and not hasattr(head, "base_layer"):
+        raise TypeError(f"{type(base).__name__} has no linear output head: get_output_embeddings() gave {head!r}")
+    return head
+
+
+class _Request:
+    """One fused call on its way from the model's forward to its head."""
+
+    def __init__(self, target: Tensor, loss_fn: LossFn | None, options: dict[str, Any], transform: dict | None):
+        self.target, self.loss_fn, self.options, self.transform = target, loss_fn, options, transform
+        self.hidden: Tensor | None = None
+        self.result: LogProb | FusedLoss | None = None
+
+
+def _model_forward(
+    self,
+    *args,
+    target_ids: Tensor | None = None,
+    loss_fn: LossFn | None = None,
+    batch: dict[str, Any] | None = None,
+    segments: Tensor | None = None,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+    **kwargs,
+):
+    if target_ids is None:
+        if loss_fn is not None:
+            raise ValueError("loss_fn needs target_ids")
+        return self._unfused_forward(*args, **kwargs)
+    if kwargs.get("labels") is not None:
+        raise ValueError("give target_ids (aligned to the hidden states) or labels (shifted by the model), not both")
+    options = dict(entropy=entropy, temperature=temperature, chunk_size=chunk_size, memory_budget=memory_budget)
+    if loss_fn is not None:
+        options |= dict(batch=batch, segments=segments)
+    kwargs.setdefault("use_cache", False)
+    if not hasattr(self, "_logit_transform"):
+        self._logit_transform = _probe(self)
+    request = _Request(target_ids, loss_fn, options, self._logit_transform)
+    _run(self, request, args, kwargs)
+    return request.result
+
+
+def _head_forward(self, hidden: Tensor) -> Tensor:
+    request = getattr(self, "_request", None)
+    if request is None:
+        return self._unfused_forward(hidden)
+    if hasattr(self, "base_layer"):
+        raise ValueError("the head carries an adapter; the fused head does not: leave lm_head out of its targets")
+    if request.transform is not None:
+        if request.target.shape != hidden.shape[:-1]:
+            want, got = _checks.shape_str(hidden.shape[:-1]), _checks.shape_str(request.target.shape)
+            raise ValueError(f"target_ids must be (B, T)={want}, got {got}")
+        options = request.options | request.transform | {"bias": getattr(self, "bias", None)}
+        if request.loss_fn is None:
+            request.result = linear_logprob(hidden, self.weight, request.target, **options)
+        else:
+            request.result = fused_linear_loss(hidden, self.weight, request.target, request.loss_fn, **options)
+    request.hidden = hidden
+    probe = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)
+    return probe.expand(*hidden.shape[:-1], len(PROBE))
+
+
+def _run(base: nn.Module, request: _Request, args: tuple, kwargs: dict) -> Any:
+    head = _head(base)
+    head._request = request
+    try:
+        output = base._unfused_forward(*args, **kwargs)
+    finally:
+        del head._request
+    if request.hidden is None:
+        raise ValueError(f"{type(base).__name__}.forward does not call its output head: it cannot be fused")
+    return output
+
+
+@torch.no_grad()
+def _probe(base: nn.Module) -> dict[str, float | None]:
+    """Scale and soft cap between the head and the model's logits, read off the images of PROBE. Once per model."""
+    device = base.get_input_embeddings().weight.device
+    ids = torch.zeros((1, 1), dtype=torch.long, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        output = _run(base, _Request(None, None, {}, None), (), dict(input_ids=ids, use_cache=False))
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    got = logits.reshape(-1, len(PROBE))[0].double().cpu()
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    scales = [1.0] + [
+        f(v) for key, f in SCALES.items() if isinstance(v := getattr(config, key, None), (int, float)) and v
+    ]
+    caps = [None] + ([cap] if (cap := getattr(config, SOFTCAP, None)) else [])
+    x = torch.tensor(PROBE, dtype=torch.float64)
+    tolerance = 4 * torch.finfo(base.dtype).eps
+    for scale, cap in itertools.product(scales, caps):
+        y = x * scale
+        y = y if cap is None else cap * torch.tanh(y / cap)
+        if torch.allclose(got, y, rtol=tolerance, atol=tolerance):
+            return {"logit_scale": float(scale), "softcap": None if cap is None else float(cap)}
+    raise ValueError(
+        f"{type(base).__name__} turns head outputs {list(PROBE)} into {got.tolist()}, which its config "
+        f"({', '.join([*SCALES, SOFTCAP])}) does not explain: it cannot be fused"
+    )
