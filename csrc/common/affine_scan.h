@@ -22,7 +22,7 @@
 #define RLHF_HD inline
 #endif
 
-namespace rlhf_fast {
+namespace rlhf {
 
 template <typename Real>
 struct Affine {
@@ -85,4 +85,4 @@ RLHF_HD int64_t find_sequence(const int64_t* offsets, int64_t low, int64_t high,
   return low;
 }
 
-}  // namespace rlhf_fast
+}  // namespace rlhf

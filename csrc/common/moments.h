@@ -10,7 +10,7 @@
 
 #include "affine_scan.h"
 
-namespace rlhf_fast {
+namespace rlhf {
 
 struct Moments {
   double count;
@@ -32,4 +32,4 @@ RLHF_HD double variance(const Moments& m, double ddof) {
   return freedom > 0.0 ? m.m2 / freedom : 0.0;
 }
 
-}  // namespace rlhf_fast
+}  // namespace rlhf

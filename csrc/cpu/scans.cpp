@@ -6,14 +6,15 @@
 
 #include "../common/affine_scan.h"
 #include "../common/moments.h"
+#include "parallel.h"
 
-namespace rlhf_fast {
+namespace rlhf {
 namespace {
 
 constexpr int64_t kBlock = 4096;           // elements whose moments are formed together
 constexpr int64_t kParallelFrom = 1 << 14;  // below this, starting threads costs more than it saves
 
-int useful_threads(int64_t elements, int threads) { return elements < kParallelFrom ? 1 : std::max(threads, 1); }
+int useful_threads(int64_t elements, int threads) { return elements < kParallelFrom ? 1 : threads; }
 
 int64_t sequence_begin(const GaeArgs& a, int64_t b) { return a.offsets ? a.offsets[b] : b * a.length; }
 
@@ -51,15 +52,9 @@ void gae_sequence(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t b)
 void gae(const GaeArgs& a, int threads) {
   const GaeCoefficients<double> k(a.gamma, a.lam, a.carry);
   const int64_t n = sequence_begin(a, a.batch);
-  threads = useful_threads(n, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (int64_t b = 0; b < a.batch; ++b) {
-    if (a.mask) {
-      gae_sequence<true>(a, k, b);
-    } else {
-      gae_sequence<false>(a, k, b);
-    }
-  }
+  parallel_for(a.batch, 1, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) a.mask ? gae_sequence<true>(a, k, b) : gae_sequence<false>(a, k, b);
+  });
 }
 
 namespace {
@@ -130,26 +125,33 @@ void gae_tiled(const GaeArgs& a, int64_t n, int64_t tile, int64_t lane, const ui
   }
 }
 
+namespace {
+
+Moments block_moments(const float* x, const uint8_t* mask, int64_t begin, int64_t end) {
+  double count = 0.0, sum = 0.0, m2 = 0.0;
+  for (int64_t i = begin; i < end; ++i) {
+    const bool counts = !mask || mask[i];
+    count += counts ? 1.0 : 0.0;
+    sum += counts ? double(x[i]) : 0.0;
+  }
+  const double mean = count > 0.0 ? sum / count : 0.0;
+  for (int64_t i = begin; i < end; ++i) {
+    const double deviation = !mask || mask[i] ? double(x[i]) - mean : 0.0;
+    m2 += deviation * deviation;
+  }
+  return {count, mean, m2};
+}
+
+}  // namespace
+
 void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int threads) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<Moments> partial(blocks);
-  threads = useful_threads(n, threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t begin = b * kBlock, end = std::min(n, begin + kBlock);
-    double count = 0.0, sum = 0.0, m2 = 0.0;
-    for (int64_t i = begin; i < end; ++i) {
-      const bool counts = !mask || mask[i];
-      count += counts ? 1.0 : 0.0;
-      sum += counts ? double(x[i]) : 0.0;
+  parallel_for(blocks, 1, useful_threads(n, threads), [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      partial[b] = block_moments(x, mask, b * kBlock, std::min(n, (b + 1) * kBlock));
     }
-    const double mean = count > 0.0 ? sum / count : 0.0;
-    for (int64_t i = begin; i < end; ++i) {
-      const double deviation = !mask || mask[i] ? double(x[i]) - mean : 0.0;
-      m2 += deviation * deviation;
-    }
-    partial[b] = {count, mean, m2};
-  }
+  });
   Moments total{0.0, 0.0, 0.0};
   for (const Moments& p : partial) total = merge(total, p);
   out[0] = total.count;
@@ -159,40 +161,48 @@ void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int th
 
 void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift, float* out,
             int threads) {
-  threads = useful_threads(n, threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = !mask || mask[i] ? float((double(x[i]) - mean) * scale + shift) : 0.0f;
-  }
+  parallel_for(n, kBlock, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = !mask || mask[i] ? float((double(x[i]) - mean) * scale + shift) : 0.0f;
+    }
+  });
 }
+
+namespace {
+
+// Everything is measured from one member of the group, so that equal rewards deviate by exactly 0.
+Moments one_group(const double* values, const int64_t* order, int64_t begin, int64_t end) {
+  const auto value = [&](int64_t i) { return values[order ? order[i] : i]; };
+  while (begin < end && !std::isfinite(value(begin))) ++begin;
+  const double pivot = begin < end ? value(begin) : 0.0;
+  double count = 0.0, sum = 0.0, m2 = 0.0;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!std::isfinite(value(i))) continue;
+    count += 1.0;
+    sum += value(i) - pivot;
+  }
+  const double mean = count > 0.0 ? sum / count : 0.0;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!std::isfinite(value(i))) continue;
+    const double deviation = (value(i) - pivot) - mean;
+    m2 += deviation * deviation;
+  }
+  return {count, pivot + mean, m2};
+}
+
+}  // namespace
 
 void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
                  int threads) {
   threads = useful_threads(groups ? offsets[groups] : 0, threads);
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads) if (threads > 1)
-  for (int64_t g = 0; g < groups; ++g) {
-    const auto value = [&](int64_t i) { return values[order ? order[i] : i]; };
-    const int64_t begin = offsets[g], end = offsets[g + 1];
-    int64_t first = begin;
-    while (first < end && !std::isfinite(value(first))) ++first;
-    // Everything is measured from one member of the group, so that equal rewards deviate by exactly 0.
-    const double pivot = first < end ? value(first) : 0.0;
-    double count = 0.0, sum = 0.0, m2 = 0.0;
-    for (int64_t i = first; i < end; ++i) {
-      const double d = value(i) - pivot;
-      const bool finite = std::isfinite(value(i));
-      count += finite ? 1.0 : 0.0;
-      sum += finite ? d : 0.0;
+  parallel_for(groups, 64, threads, [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      const Moments m = one_group(values, order, offsets[g], offsets[g + 1]);
+      out[g] = m.count;
+      out[groups + g] = m.mean;
+      out[2 * groups + g] = m.m2;
     }
-    const double mean = count > 0.0 ? sum / count : 0.0;
-    for (int64_t i = first; i < end; ++i) {
-      const double d = std::isfinite(value(i)) ? (value(i) - pivot) - mean : 0.0;
-      m2 += d * d;
-    }
-    out[g] = count;
-    out[groups + g] = pivot + mean;
-    out[2 * groups + g] = m2;
-  }
+  });
 }
 
-}  // namespace rlhf_fast
+}  // namespace rlhf

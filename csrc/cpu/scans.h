@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace rlhf_fast {
+namespace rlhf {
 
 // Advantages and returns of a packed batch. `values` may be null (zeros); so may either output.
 // `offsets` (batch + 1) cuts the batch into sequences; null: `batch` sequences of `length` tokens.
@@ -41,4 +41,4 @@ void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double 
 void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
                  int threads);
 
-}  // namespace rlhf_fast
+}  // namespace rlhf

@@ -12,7 +12,7 @@ T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-rlhf_fast::GaeArgs gae_args(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t batch,
+rlhf::GaeArgs gae_args(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t batch,
                             int64_t length, double gamma, double lam, bool carry, uintptr_t bootstrap,
                             uintptr_t advantages, uintptr_t returns) {
   return {as<const float>(rewards), as<const float>(values), as<const uint8_t>(mask), as<const int64_t>(offsets),
@@ -29,7 +29,7 @@ void bind_scans(py::module_& m) {
       [](uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t batch, int64_t length,
          double gamma, double lam, bool carry, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
          int threads) {
-        rlhf_fast::gae(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
+        rlhf::gae(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
                                 advantages, returns),
                        threads);
       },
@@ -39,7 +39,7 @@ void bind_scans(py::module_& m) {
       [](uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t batch, int64_t length,
          double gamma, double lam, bool carry, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
          int64_t n, int64_t tile, int64_t lane, uintptr_t published) {
-        rlhf_fast::gae_tiled(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
+        rlhf::gae_tiled(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
                                       advantages, returns),
                              n, tile, lane, as<const uint8_t>(published));
       },
@@ -47,21 +47,21 @@ void bind_scans(py::module_& m) {
   m.def(
       "moments",
       [](uintptr_t x, uintptr_t mask, int64_t n, uintptr_t out, int threads) {
-        rlhf_fast::moments(as<const float>(x), as<const uint8_t>(mask), n, as<double>(out), threads);
+        rlhf::moments(as<const float>(x), as<const uint8_t>(mask), n, as<double>(out), threads);
       },
       release);
   m.def(
       "whiten",
       [](uintptr_t x, uintptr_t mask, int64_t n, double mean, double scale, double shift, uintptr_t out,
          int threads) {
-        rlhf_fast::whiten(as<const float>(x), as<const uint8_t>(mask), n, mean, scale, shift, as<float>(out),
+        rlhf::whiten(as<const float>(x), as<const uint8_t>(mask), n, mean, scale, shift, as<float>(out),
                           threads);
       },
       release);
   m.def(
       "group_stats",
       [](uintptr_t values, uintptr_t order, uintptr_t offsets, int64_t groups, uintptr_t out, int threads) {
-        rlhf_fast::group_stats(as<const double>(values), as<const int64_t>(order), as<const int64_t>(offsets),
+        rlhf::group_stats(as<const double>(values), as<const int64_t>(order), as<const int64_t>(offsets),
                                groups, as<double>(out), threads);
       },
       release);
