@@ -1,0 +1,180 @@
+"""What a policy loss does once with the whole batch: checks, and per-token weights from global counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _checks
+from rlhf_fast.losses.registry import unknown, variant
+from rlhf_fast.losses.segments import Segments
+from rlhf_fast.losses.weights import aggregation_weights, masked_quantile, rollout_correction
+from rlhf_fast.ops.kl import keep
+
+if TYPE_CHECKING:
+    from rlhf_fast.losses.policy import PolicyLoss
+
+PER_TOKEN = ("old_logprob", "ref_logprob", "rollout_logprob", "old_entropy", "logprob", "noise")
+NUMBERS = ("normalizer", "entropy_normalizer", "num_tokens", "entropy_threshold")
+
+
+def prepare_batch(
+    o: PolicyLoss, batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None
+) -> dict[str, Any]:
+    """The batch that chunks are cut from: see `PolicyLoss.prepare`."""
+    for name in batch:
+        if name not in (*PER_TOKEN, *NUMBERS, "advantages"):
+            raise ValueError(unknown("batch key", name, (*PER_TOKEN, *NUMBERS, "advantages")))
+    if batch.get("advantages") is None:
+        raise ValueError("batch must hold 'advantages', (N,) or one per sequence")
+    n = _count(batch, mask, cu_seqlens)
+    device = batch["advantages"].device
+    mask = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1).bool()
+    given = {name: _per_token(name, batch[name], mask) for name in PER_TOKEN if batch.get(name) is not None}
+    known = [t for name, t in given.items() if name != "noise"] + [batch["advantages"]]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in known) else torch.float32
+    valid = mask.to(dtype)
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    segments = None
+    if cu_seqlens is not None:
+        if not torch.compiler.is_compiling():
+            _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, n)
+        segments = Segments.from_cu_seqlens(cu_seqlens.to(device), valid)
+    elif o.needs_segments or o.aggregation == "seq_mean_token_mean" or _correction_level(o) != "token":
+        raise ValueError(f"cu_seqlens must be given with (N,) input for policy loss {o.kind!r}: it needs sequences")
+    numbers = {name: batch[name] for name in NUMBERS if batch.get(name) is not None}
+    normalizer = numbers.get("normalizer", o.normalizer)
+    if o.aggregation in ("seq_mean_token_sum", "fixed_length") and segments is None and normalizer is None:
+        raise ValueError(f"cu_seqlens or normalizer must be given with (N,) input for {o.aggregation!r}")
+    advantages = keep(_advantages(batch["advantages"], segments, n).to(dtype), mask)
+    out: dict[str, Any] = {
+        "advantages": advantages,
+        "weight": aggregation_weights(o.aggregation, valid, segments, normalizer, o.max_length).to(dtype),
+    }
+    num_tokens = numbers.get("num_tokens", normalizer if o.aggregation == "token_mean" else None)
+    num_tokens = valid.sum().clamp(min=1) if num_tokens is None else num_tokens
+    out["inv_tokens"] = torch.as_tensor(1 / num_tokens, dtype=dtype, device=device)
+    if o.needs_segments:
+        out.update(segment_ids=segments.ids, num_segments=segments.count)
+    _add_logprobs(o, out, given)
+    _add_policy_weight(o, out, given, valid, segments)
+    _add_entropy(o, out, given, numbers, normalizer, valid)
+    return out
+
+
+def _count(batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    """N, from whatever says it."""
+    if mask is not None:
+        return mask.numel()
+    for name in PER_TOKEN:
+        if batch.get(name) is not None:
+            return batch[name].numel()
+    return batch["advantages"].numel() if cu_seqlens is None else int(cu_seqlens[-1])
+
+
+def _per_token(name: str, value: Any, mask: Tensor) -> Tensor:
+    """A (N,) tensor, constant, 0 under the mask."""
+    _checks.check_tensor(name, value)
+    if value.numel() != mask.numel():
+        raise ValueError(f"{name} must be (N,)=({mask.numel()},), got {_checks.shape_str(value.shape)}")
+    return keep(value.detach().reshape(-1), mask)
+
+
+def _advantages(value: Tensor, segments: Segments | None, n: int) -> Tensor:
+    """(N,), from (N,) or one per sequence."""
+    _checks.check_float("advantages", value)
+    value = value.detach().reshape(-1)
+    if value.numel() == n:
+        return value
+    if segments is not None and value.numel() == segments.count:
+        return segments.spread(value)
+    per_sequence = "" if segments is None else f" or (S,)=({segments.count},)"
+    raise ValueError(f"advantages must be (N,)=({n},){per_sequence}, got {_checks.shape_str(value.shape)}")
+
+
+def _add_logprobs(o: PolicyLoss, out: dict[str, Any], given: Mapping[str, Tensor]) -> None:
+    if "old_logprob" in given:
+        out["old_logprob"] = given["old_logprob"]
+    if o.beta != 0:
+        if "ref_logprob" not in given:
+            raise ValueError(f"ref_logprob must be given for beta={o.beta}, got None")
+        out["ref_logprob"] = given["ref_logprob"]
+    behavior = given.get("rollout_logprob", given.get("old_logprob"))
+    if o.off_policy_threshold is not None and behavior is not None:
+        out["behavior_logprob"] = behavior
+
+
+def _add_policy_weight(
+    o: PolicyLoss, out: dict[str, Any], given: Mapping[str, Tensor], valid: Tensor, segments: Segments | None
+) -> None:
+    """Factors of the policy term: the rollout correction, and what the kind itself selects."""
+    found = variant(o.kind)
+    old, now = given.get("old_logprob"), given.get("logprob", given.get("old_logprob"))
+    if o.correction is not None:
+        trainer = old if old is not None else now
+        if trainer is None or "rollout_logprob" not in given:
+            missing = "rollout_logprob" if trainer is not None else "old_logprob"
+            raise ValueError(f"{missing} must be given for correction={o.correction!r}, got None")
+        gap = (trainer - given["rollout_logprob"]).nan_to_num(nan=0.0)
+        weight, log_weight, metrics = rollout_correction(
+            o.correction, o.correction_min, o.correction_max, gap, valid, segments
+        )
+        if found.absorbs_correction:
+            out["log_correction"] = log_weight
+        else:
+            _multiply(out, "policy_weight", weight)
+        out.update({f"metric/{name}": value for name, value in metrics.items()})
+    if found.prepare is not None:
+        if now is None:
+            raise ValueError(f"old_logprob must be given for policy loss {o.kind!r}, got None")
+        noise = {"noise": given["noise"]} if "noise" in given else {}
+        extra = found.prepare(o, noise, out["advantages"], now, old, valid)
+        if "policy_weight" in extra:
+            _multiply(out, "policy_weight", extra.pop("policy_weight"))
+        out.update(extra)
+
+
+def _add_entropy(
+    o: PolicyLoss,
+    out: dict[str, Any],
+    given: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+    normalizer: Tensor | float | None,
+    valid: Tensor,
+) -> None:
+    """The mask of top_entropy and the weights of the entropy bonus."""
+    selected = valid
+    if o.top_entropy is not None:
+        threshold = numbers.get("entropy_threshold")
+        if "old_entropy" in given:
+            if threshold is None:
+                threshold = masked_quantile(given["old_entropy"], valid, 1 - o.top_entropy)
+            selected = valid * (given["old_entropy"] >= threshold)
+            _multiply(out, "policy_weight", selected)
+        elif threshold is not None:
+            out["entropy_threshold"] = torch.as_tensor(threshold, dtype=valid.dtype, device=valid.device)
+        else:
+            raise ValueError("top_entropy needs old_entropy (N,) or a number entropy_threshold in the batch, got None")
+    if o.entropy_coef == 0:
+        return
+    count = numbers.get("entropy_normalizer", o.entropy_normalizer)
+    if count is None:
+        if o.top_entropy is None and o.aggregation == "token_mean":
+            count = normalizer
+        elif normalizer is not None or "entropy_threshold" in out:
+            raise ValueError(
+                "entropy_normalizer, the count of tokens behind the entropy bonus, must be given "
+                f"with a normalizer of {o.aggregation!r} or an entropy_threshold, got None"
+            )
+    out["entropy_weight"] = selected / (selected.sum().clamp(min=1) if count is None else count)
+
+
+def _multiply(out: dict[str, Any], name: str, factor: Tensor) -> None:
+    out[name] = out[name] * factor if name in out else factor
+
+
+def _correction_level(o: PolicyLoss) -> str:
+    return "token" if o.correction is None else o.correction.rsplit("_", 1)[0]

@@ -1,0 +1,237 @@
+"""The policy losses: each one the loss of a token, before masks, corrections, KL, entropy and aggregation.
+
+Notation: r = importance ratio (of the token, or of its sequence), A = advantage, sg = stop gradient.
+Each docstring gives the source, and where TRL 1.16 ("TRL") or verl do otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.losses.registry import PolicyTerms, register_policy_loss
+from rlhf_fast.losses.weights import MIN_LOG_WEIGHT, covariance, largest
+from rlhf_fast.ops.kl import MAX_LOG_RATIO
+
+if TYPE_CHECKING:
+    from rlhf_fast.losses.policy import PolicyLoss
+
+Indicators = dict[str, Tensor]
+
+
+# ---- the clip family ---------------------------------------------------------------------------------------
+
+
+def clipped(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
+    """-min(min(r, delta) A, clip(r, 1 - clip_low, 1 + clip_high) A), and at most dual_clip |A| where A < 0."""
+    low, high = 1 - o.clip_low, 1 + o.clip_high
+    free = x.ratio if o.delta is None else x.ratio.clamp(max=o.delta)
+    loss = -torch.minimum(free * x.advantages, x.ratio.clamp(low, high) * x.advantages)
+    far = free != x.ratio
+    if o.dual_clip is not None:
+        cap = -o.dual_clip * x.advantages
+        far = far | (loss > cap)
+        loss = torch.where(x.advantages < 0, torch.minimum(loss, cap), loss)
+    indicators = clip_indicators(x, low, high)
+    if o.delta is not None or o.dual_clip is not None:
+        indicators["dual_clip_fraction"] = far & (x.advantages < 0)
+    return loss, indicators
+
+
+def clip_indicators(x: PolicyTerms, low: float, high: float) -> Indicators:
+    below = (x.ratio < low) & (x.advantages < 0)
+    above = (x.ratio > high) & (x.advantages > 0)
+    return {"clip_fraction": below | above, "clip_fraction_low": below, "clip_fraction_high": above}
+
+
+@register_policy_loss("ppo", fused=True, aggregation="token_mean", clip_low=0.2)
+def ppo(x: PolicyTerms, o: PolicyLoss):
+    """PPO (Schulman et al. 2017, eq. 7), a mean over tokens; dual clip after Ye et al. 2019, eq. 5.
+
+    verl's default has dual_clip=3.0; here it is off until asked for.
+    """
+    return clipped(x, o)
+
+
+@register_policy_loss("grpo", fused=True, aggregation="seq_mean_token_mean", clip_low=0.2)
+def grpo(x: PolicyTerms, o: PolicyLoss):
+    """GRPO (Shao et al. 2024, eq. 3): each sequence's token mean, then the mean over sequences."""
+    return clipped(x, o)
+
+
+@register_policy_loss("dapo", fused=True, aggregation="token_mean", clip_low=0.2, clip_high=0.28)
+def dapo(x: PolicyTerms, o: PolicyLoss):
+    """DAPO (Yu et al. 2025, eq. 8): token mean and a higher upper clip, 0.28 (TRL: 0.2 unless it is set)."""
+    return clipped(x, o)
+
+
+@register_policy_loss("dr_grpo", fused=True, aggregation="fixed_length", clip_low=0.2)
+def dr_grpo(x: PolicyTerms, o: PolicyLoss):
+    """Dr. GRPO (Liu et al. 2025): token sums over sequences x max_length (verl: over the padded length alone)."""
+    return clipped(x, o)
+
+
+@register_policy_loss("bnpo", fused=True, aggregation="token_mean", clip_low=0.2)
+def bnpo(x: PolicyTerms, o: PolicyLoss):
+    """Mean over the tokens of the local batch, TRL's "bnpo": the formula of "ppo" without an outer normalizer."""
+    return clipped(x, o)
+
+
+@register_policy_loss(
+    "gspo",
+    fused=True,
+    aggregation="seq_mean_token_mean",
+    importance_level="sequence",
+    clip_low=3e-4,
+    clip_high=4e-4,
+)
+def gspo(x: PolicyTerms, o: PolicyLoss):
+    """GSPO (Zheng et al. 2025, eq. 5 and 7): one ratio per sequence, the geometric mean of its tokens'.
+
+    The gradient runs through the mean, as in TRL; importance_level="sequence_token" is GSPO-token (eq. 13), verl's
+    form, which is the same for advantages that are constant along a sequence.
+    """
+    return clipped(x, o)
+
+
+@register_policy_loss(
+    "luspo",
+    fused=True,
+    aggregation="seq_mean_token_sum",
+    importance_level="sequence",
+    clip_low=2e-3,
+    clip_high=2.5e-3,
+)
+def luspo(x: PolicyTerms, o: PolicyLoss):
+    """LUSPO (2026, arXiv 2602.05261): GSPO with each sequence's loss times its length. Clips of its section 5.1."""
+    return clipped(x, o)
+
+
+# ---- other weightings of the token's gradient --------------------------------------------------------------
+
+
+@register_policy_loss("reinforce", aggregation="seq_mean_token_sum")
+def reinforce(x: PolicyTerms, o: PolicyLoss):
+    """REINFORCE (Williams 1992): -A logprob, summed over a sequence, mean over sequences. No ratio."""
+    return -x.advantages * x.logprob
+
+
+@register_policy_loss("gpg", aggregation="token_mean")
+def gpg(x: PolicyTerms, o: PolicyLoss):
+    """GPG (Chu et al. 2025, eq. 5), as in verl: -A logprob, mean over tokens. No ratio, no clip."""
+    return -x.advantages * x.logprob
+
+
+@register_policy_loss("cispo", aggregation="token_mean", clip_high=5.0)
+def cispo(x: PolicyTerms, o: PolicyLoss):
+    """CISPO (MiniMax-M1 2025, eq. 4): -sg(min(r, clip_high)) A logprob. Every token keeps a gradient.
+
+    `clip_high` is the cap itself, not an offset from 1 (as in TRL; 5.0 after ScaleRL). No lower bound.
+    """
+    capped = x.ratio > o.clip_high
+    indicators = {"clip_fraction": capped & (x.advantages > 0)}
+    return -x.ratio.clamp(max=o.clip_high).detach() * x.advantages * x.logprob, indicators
+
+
+@register_policy_loss(
+    "sapo", aggregation="seq_mean_token_mean", params={"temperature_pos": 1.0, "temperature_neg": 1.05}
+)
+def sapo(x: PolicyTerms, o: PolicyLoss):
+    """SAPO (2025, arXiv 2511.20347): -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (0 counts as negative)."""
+    tau = torch.where(x.advantages > 0, o.params["temperature_pos"], o.params["temperature_neg"])
+    return -(4 / tau) * torch.sigmoid(tau * (x.ratio - 1)) * x.advantages
+
+
+@register_policy_loss(
+    "vespo",
+    aggregation="token_mean",
+    segments=True,
+    absorbs_correction=True,
+    params={"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
+)
+def vespo(x: PolicyTerms, o: PolicyLoss):
+    """VESPO (2026, arXiv 2602.10693): -sg(phi(w)) A logprob, phi(w) = w^k exp(lambda (1 - w)), w the sequence's ratio.
+
+    w is the product of the token ratios, log w clamped to [log 1e-8, 20]. A rollout correction multiplies w. As TRL.
+    """
+    log_ratio = x.token_log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if "log_correction" in x.batch:
+        log_ratio = log_ratio + x.batch["log_correction"]
+    log_w = x.segments.spread(x.segments.sum(log_ratio)).clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+    positive = x.advantages >= 0
+    k = torch.where(positive, o.params["k_pos"], o.params["k_neg"])
+    lam = torch.where(positive, o.params["lambda_pos"], o.params["lambda_neg"]).clamp(min=1e-4)
+    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    return -phi * x.advantages * x.logprob, {"vespo_weight": phi}
+
+
+@register_policy_loss("geo_mean", aggregation="seq_mean_token_mean", segments=True, clip_low=0.4, clip_high=0.4)
+def geo_mean(x: PolicyTerms, o: PolicyLoss):
+    """GMPO (Zhao et al. 2025, eq. 4): the ratio of a sequence is the geometric mean of clipped token ratios.
+
+    Clips are offsets of the log-ratio, exp(-0.4) to exp(0.4) as the paper recommends; A is the sequence's mean.
+    """
+    log_ratio = x.token_log_ratio
+    inside = log_ratio.clamp(-o.clip_low, o.clip_high)
+    sign = x.advantages.sign()
+    kept = sign * torch.minimum(sign * log_ratio, sign * inside)
+    ratio = x.segments.mean(kept).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    loss = -x.segments.mean(x.advantages) * ratio
+    out = log_ratio != inside
+    above, below = out & (x.advantages > 0), out & (x.advantages < 0)
+    indicators = {"clip_fraction": above | below, "clip_fraction_low": below, "clip_fraction_high": above}
+    return x.segments.spread(loss), indicators
+
+
+# ---- selections by covariance ------------------------------------------------------------------------------
+
+
+def _clip_cov_weights(o: PolicyLoss, batch, advantages, logprob, old_logprob, valid) -> dict[str, Tensor]:
+    """Tokens to cut: `fraction` of all, drawn among unclipped ones whose covariance lies within the bounds."""
+    ratio = torch.ones_like(logprob)
+    if old_logprob is not None:
+        ratio = (logprob - old_logprob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    free, inside = -ratio * advantages, -ratio.clamp(1 - o.clip_low, 1 + o.clip_high) * advantages
+    cov = covariance(advantages, logprob, valid)
+    eligible = (cov > o.params["cov_low"]) & (cov < o.params["cov_high"]) & (valid != 0) & (inside <= free)
+    noise = batch["noise"] if "noise" in batch else torch.rand_like(logprob)
+    count = (valid.double().sum() * o.params["fraction"]).floor().clamp(min=1)
+    cut = largest(noise, eligible, count)
+    return {"policy_weight": (~cut).to(logprob.dtype), "metric/cov_fraction": _fraction(cut, valid)}
+
+
+def _kl_cov_weights(o: PolicyLoss, batch, advantages, logprob, old_logprob, valid) -> dict[str, Tensor]:
+    """Tokens to hold: the `fraction` of the largest covariance."""
+    count = (valid.double().sum() * o.params["fraction"]).floor().clamp(min=1)
+    held = largest(covariance(advantages, logprob, valid), valid != 0, count)
+    return {"held": held.to(logprob.dtype), "metric/cov_fraction": _fraction(held, valid)}
+
+
+def _fraction(selected: Tensor, valid: Tensor) -> Tensor:
+    return (selected * valid).sum() / valid.sum().clamp(min=1)
+
+
+@register_policy_loss(
+    "clip_cov",
+    fused=True,
+    prepare=_clip_cov_weights,
+    aggregation="token_mean",
+    clip_low=0.2,
+    params={"fraction": 2e-4, "cov_low": 1.0, "cov_high": 5.0},
+)
+def clip_cov(x: PolicyTerms, o: PolicyLoss):
+    """Clip-Cov (Cui et al. 2025, eq. 10-11): PPO whose gradient is cut at random tokens of high covariance.
+
+    Numbers as in verl. The draw is over the batch given to `prepare`; `batch["noise"]` (N,) replaces torch's generator.
+    """
+    return clipped(x, o)
+
+
+@register_policy_loss(
+    "kl_cov", prepare=_kl_cov_weights, aggregation="token_mean", params={"fraction": 2e-4, "coef": 1.0}
+)
+def kl_cov(x: PolicyTerms, o: PolicyLoss):
+    """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl."""
+    return -x.ratio * x.advantages + o.params["coef"] * x.batch["held"] * x.token_log_ratio.abs()

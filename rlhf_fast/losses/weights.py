@@ -1,0 +1,101 @@
+"""Per-token weights that a policy loss is made of, formed once from the whole batch.
+
+Aggregation is linear in the tokens: with weights from global counts, a loss is `sum_t w_t l_t`, which may be cut into
+chunks and micro-batches anywhere and still adds up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.losses.segments import Segments
+from rlhf_fast.ops.kl import MAX_LOG_RATIO
+
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
+CORRECTIONS = tuple(f"{level}_{how}" for level in ("token", "sequence", "geometric") for how in ("truncate", "mask"))
+MIN_LOG_WEIGHT = -18.420680743952367  # log(1e-8): what stands for log(0) in a product of weights
+
+
+def aggregation_weights(
+    aggregation: str,
+    valid: Tensor,  # (N,) float, 0 or 1
+    segments: Segments | None,
+    normalizer: Tensor | float | None,
+    max_length: int | None,
+) -> Tensor:
+    """(N,) weights: loss = sum_t w_t l_t. `normalizer` counts tokens for token_mean, sequences for the others."""
+    if aggregation == "token_mean":
+        return valid / (valid.sum().clamp(min=1) if normalizer is None else normalizer)
+    if normalizer is None:
+        normalizer = max(segments.count, 1)
+    if aggregation == "seq_mean_token_mean":
+        return valid / (segments.spread(segments.lengths()) * normalizer)
+    if aggregation == "seq_mean_token_sum":
+        return valid / normalizer
+    return valid / (max_length * normalizer)
+
+
+def rollout_correction(
+    mode: str,
+    low: float | None,
+    high: float | None,
+    log_ratio: Tensor,  # (N,) trainer - rollout, 0 where masked or unknown
+    valid: Tensor,  # (N,) float
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Importance weights pi_trainer / pi_rollout, bounded: (weight (N,), log-weight (N,), metrics).
+
+    The log-weights are per token in such a way that their sum over a sequence is the log of its whole weight.
+    """
+    level, how = mode.rsplit("_", 1)
+    share = valid  # how much one token counts: 1, or 1 / length where the weight is its sequence's
+    if level != "token":
+        pooled = segments.sum(log_ratio) if level == "sequence" else segments.mean(log_ratio)
+        log_ratio = segments.spread(pooled)
+        share = valid / segments.spread(segments.lengths())
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    low, high = 0.0 if low is None else low, float("inf") if high is None else high
+    outside = (ratio < low) | (ratio > high)
+    weight = ratio.clamp(low, high) if how == "truncate" else torch.where(outside, 0.0, ratio)
+    total, units = (share * weight).sum(), share.sum()
+    outside_fraction = (valid * outside).sum() / valid.sum().clamp(min=1)
+    tiny = torch.finfo(weight.dtype).tiny
+    metrics = {
+        "rollout_ess": total.square() / (units * (share * weight.square()).sum()).clamp(min=tiny),
+        "rollout_dropped": outside_fraction if how == "mask" else torch.zeros_like(total),
+        "rollout_truncated": outside_fraction if how == "truncate" else torch.zeros_like(total),
+        "rollout_ratio_mean": (share * ratio).sum() / units.clamp(min=1),
+    }
+    log_weight = weight.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO) * share
+    return weight, log_weight, metrics
+
+
+def masked_quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
+    """The q-quantile (linear interpolation) of the valid values, without a host sync; 0 when there is none."""
+    if values.numel() == 0:
+        return values.new_zeros(())
+    kept = valid != 0
+    ordered = torch.where(kept, values, -torch.inf).sort().values  # the valid ones come last
+    count = kept.sum()
+    last = values.numel() - 1
+    position = (values.numel() - count) + q * (count - 1).clamp(min=0).double()
+    below = position.floor().long().clamp(max=last)
+    above = position.ceil().long().clamp(max=last)
+    low, high = ordered[below], ordered[above]
+    middle = torch.where(below == above, low, torch.lerp(low, high, (position - below).to(values.dtype)))
+    return torch.where(count > 0, middle, 0.0)
+
+
+def largest(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """(N,) bool: the `count` () eligible tokens of the largest scores, without a host sync."""
+    order = torch.where(eligible, scores, -torch.inf).argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return (rank < count) & eligible
+
+
+def covariance(advantages: Tensor, logprob: Tensor, valid: Tensor) -> Tensor:
+    """(N,): each token's term of the covariance of advantage and log-probability over the batch."""
+    count = valid.sum().clamp(min=1)
+    centred = advantages - (advantages * valid).sum() / count
+    return centred * (logprob - (logprob * valid).sum() / count)
