@@ -36,3 +36,41 @@ class LossGrad(NamedTuple):
     dlogprob: Tensor
     dentropy: Tensor | None
     metrics: Metrics
+
+
+class Gae(NamedTuple):
+    """Advantages and value targets (returns = advantages + values), of the shape of `rewards`; 0 where masked."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class ShapedRewards(NamedTuple):
+    """Per-token rewards and the KL estimates they were shaped with (unclipped, unscaled); 0 where masked."""
+
+    rewards: Tensor
+    kl: Tensor
+
+
+class ValueLoss(NamedTuple):
+    """A value loss () and its metrics."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
+class GroupAdvantages(NamedTuple):
+    """Per-sequence advantages; every tensor (B,) but the last.
+
+    `mean`, `std` and `count` are those of the row's group over its finite rewards; `zero_std` marks groups that cannot
+    rank their rows; `valid` marks the rows that should count in a loss. Rows that are not valid have advantage 0.
+    `num_invalid` () counts rows without a finite reward.
+    """
+
+    advantages: Tensor
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+    zero_std: Tensor
+    valid: Tensor
+    num_invalid: Tensor
