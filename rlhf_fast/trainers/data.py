@@ -1,0 +1,308 @@
+"""Rows to token ids: supervised examples with a per-token "scored" flag, and prompts for reinforcement learning.
+
+Segments are tokenised apart, so no merge crosses from prompt to completion, and one leading BOS at most is added
+where the tokenizer would add it. A completion ends with EOS, which is scored. Everything downstream goes by
+lengths, never by comparing ids with the padding id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import forms
+from .forms import Segment
+from .readers import Rows
+
+_BATCH = 4096  # texts handed to the tokenizer at once
+
+
+@dataclass
+class DataStats:
+    """Counts of what became of the rows; printed and kept in `summary.json`."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped_overlong_prompt: int = 0
+    dropped_nothing_scored: int = 0
+    truncated_prompts: int = 0
+    truncated_completions: int = 0
+    tokens: int = 0
+    scored_tokens: int = 0
+    longest: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept:,} of {self.rows:,} rows", f"{self.tokens:,} tokens"]
+        parts += [f"{self.scored_tokens:,} scored"] if self.scored_tokens else []
+        parts += [f"longest {self.longest:,}"]
+        for name in ("dropped_overlong_prompt", "dropped_nothing_scored"):
+            count = getattr(self, name)
+            parts += [f"{count:,} dropped ({name.removeprefix('dropped_').replace('_', ' ')})"] if count else []
+        for name in ("truncated_prompts", "truncated_completions"):
+            count = getattr(self, name)
+            parts += [f"{count:,} {name.replace('_', ' ')}"] if count else []
+        return ", ".join(parts)
+
+
+@dataclass
+class TokenDataset(torch.utils.data.Dataset):
+    """Examples in flat storage: 5 bytes a token, any number of rows."""
+
+    ids: np.ndarray  # (N,) int32
+    scored: np.ndarray  # (N,) bool: the loss counts the prediction of this token
+    offsets: np.ndarray  # (R + 1,) int64
+    origin: np.ndarray  # (R,) int64: the index of the row that it came from
+    stats: DataStats = field(default_factory=DataStats)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        row = slice(self.offsets[i % len(self)], self.offsets[i % len(self) + 1])
+        return {"input_ids": self.ids[row], "scored": self.scored[row]}
+
+    def select(self, indices: Sequence[int]) -> TokenDataset:
+        """The rows of `indices`, in that order."""
+        rows = [self[int(i)] for i in indices]
+        pairs = [(r["input_ids"], r["scored"]) for r in rows]
+        stats = DataStats(rows=len(rows))
+        return _pack(pairs, [int(self.origin[int(i)]) for i in indices], stats)
+
+
+class Prompt(NamedTuple):
+    """A prompt for sampling, and everything else that its row holds, for the reward functions."""
+
+    ids: list[int]
+    text: str
+    columns: dict[str, Any]
+    where: str  # file and line, for messages
+
+
+def tokenize_sft(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overlong_prompt: str = "drop",
+    train_on_prompt: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> TokenDataset:
+    """Turn rows into examples of at most `max_length` tokens.
+
+    Args:
+        overlong_prompt: what happens when the prompt leaves no room for a completion: "drop" the row, "truncate"
+            (keep the prompt's end; the completion gets what it needs up to half of the room), or "error".
+            A completion that is too long is cut, and then ends without EOS.
+        train_on_prompt: score every token.
+    Raises: ValueError naming file and line on rows of an unknown form; when no row is left.
+    """
+    if overlong_prompt not in ("drop", "truncate", "error"):
+        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+    encode = Encoder(tokenizer)
+    stats = DataStats(rows=len(rows))
+    examples: list[tuple[np.ndarray, np.ndarray]] = []
+    origin: list[int] = []
+    for start in progress(range(0, len(rows), _BATCH)):
+        batch = range(start, min(start + _BATCH, len(rows)))
+        segments = [forms.segments(rows, i, tokenizer) for i in batch]
+        for i, (ids, scored) in zip(batch, encode.many(segments), strict=True):
+            cut = fit(ids, scored, max_length, overlong_prompt, encode.prefix, stats)
+            if cut is None:
+                if overlong_prompt == "error":
+                    raise ValueError(
+                        f"{rows.where(i)}: the prompt of {int(np.argmax(scored))} tokens leaves no room for a "
+                        f"completion in cutoff_len={max_length}"
+                    )
+                stats.dropped_overlong_prompt += 1
+                continue
+            ids, scored = cut
+            if train_on_prompt:
+                scored = np.ones_like(scored)
+            if not scored[1:].any():  # the first token has nothing before it to be predicted from
+                stats.dropped_nothing_scored += 1
+                continue
+            examples.append((ids, scored))
+            origin.append(i)
+    if not examples:
+        raise ValueError(f"no row is left to train on: {stats}")
+    return _pack(examples, origin, stats)
+
+
+def tokenize_prompts(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overlong_prompt: str = "drop",
+) -> tuple[list[Prompt], DataStats]:
+    """Prompts for PPO and GRPO: the `prompt`, `messages`, `instruction` or `text` of each row.
+
+    A trailing assistant turn of `messages` is not part of the prompt. Other columns, the answers among them, are
+    kept in `Prompt.columns` as they are. "truncate" keeps the end of a prompt longer than `max_length`.
+    """
+    if overlong_prompt not in ("drop", "truncate", "error"):
+        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+    encode = Encoder(tokenizer)
+    stats = DataStats(rows=len(rows))
+    prompts: list[Prompt] = []
+    for start in range(0, len(rows), _BATCH):
+        batch = range(start, min(start + _BATCH, len(rows)))
+        segments = [forms.prompt(rows, i, tokenizer) for i in batch]
+        encoded = encode.many([[segment] for segment in segments])
+        for i, segment, (array_ids, _) in zip(batch, segments, encoded, strict=True):
+            ids = array_ids.tolist()
+            if len(ids) > max_length:
+                if overlong_prompt == "error":
+                    raise ValueError(f"{rows.where(i)}: the prompt has {len(ids)} tokens, more than {max_length}")
+                if overlong_prompt == "drop":
+                    stats.dropped_overlong_prompt += 1
+                    continue
+                stats.truncated_prompts += 1
+                prefix = encode.prefix if ids[: len(encode.prefix)] == encode.prefix else []
+                ids = prefix + ids[len(ids) - (max_length - len(prefix)) :]
+            if not ids:
+                raise ValueError(f"{rows.where(i)}: the prompt is empty")
+            prompts.append(Prompt(ids, segment.text, rows[i], rows.where(i)))
+            stats.tokens += len(ids)
+            stats.longest = max(stats.longest, len(ids))
+    stats.kept = len(prompts)
+    if not prompts:
+        raise ValueError(f"no prompt is left: {stats}")
+    return prompts, stats
+
+
+class Encoder:
+    """Tokenises segments apart and joins them: BOS at most once, EOS at the end of what is scored."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ValueError("the tokenizer has no EOS token: a completion could not learn to end")
+        bos = tokenizer.bos_token_id
+        self.prefix = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+    def many(self, rows: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one."""
+        texts = [segment.text for row in rows for segment in row]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces = iter(encoded["input_ids"])
+        out = []
+        for row in rows:
+            ids: list[int] = []
+            scored: list[bool] = []
+            for segment in row:
+                piece = next(pieces)
+                keep = [segment.scored] * len(piece)
+                if segment.template and segment.scored and self.eos in piece:
+                    after = piece[::-1].index(self.eos)  # what the template puts after EOS is not the model's
+                    keep[len(piece) - after :] = [False] * after
+                ids += piece
+                scored += keep
+            if row[-1].scored and not _ends_with(ids, scored, self.eos):
+                ids.append(self.eos)
+                scored.append(True)
+            if self.prefix and ids[:1] != self.prefix and not row[0].template:
+                ids, scored = self.prefix + ids, [False, *scored]
+            out.append((np.array(ids, dtype=np.int32), np.array(scored, dtype=bool)))
+        return out
+
+
+def fit(
+    ids: np.ndarray, scored: np.ndarray, max_length: int, policy: str, prefix: list[int], stats: DataStats
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The example cut to `max_length`; None when its prompt is too long and may not be cut."""
+    if len(ids) <= max_length:
+        return ids, scored
+    prompt = int(np.argmax(scored)) if scored.any() else len(ids)
+    if prompt >= max_length:
+        if policy != "truncate":
+            return None
+        completion = len(ids) - prompt
+        room = max(max_length - completion, max_length // 2)  # for the prompt
+        head = len(prefix) if ids[: len(prefix)].tolist() == prefix else 0
+        tail = np.arange(prompt - (room - head), len(ids))
+        keep = np.concatenate([np.arange(head), tail])
+        ids, scored = ids[keep], scored[keep]
+        stats.truncated_prompts += 1
+        if len(ids) <= max_length:
+            return ids, scored
+    stats.truncated_completions += 1
+    return ids[:max_length], scored[:max_length]
+
+
+def check_vocabulary(dataset: TokenDataset, vocab_size: int, rows: Rows, tokenizer: Any = None) -> None:
+    """Raise ValueError naming row, id and token when an id does not fit the model's embedding."""
+    bad = np.flatnonzero((dataset.ids >= vocab_size) | (dataset.ids < 0))
+    if bad.size:
+        at = int(bad[0])
+        row = int(np.searchsorted(dataset.offsets, at, side="right")) - 1
+        raise ValueError(_vocabulary_error(rows, int(dataset.origin[row]), int(dataset.ids[at]), vocab_size, tokenizer))
+
+
+def check_prompt_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """The same for prompts."""
+    for prompt in prompts:
+        bad = next((i for i in prompt.ids if not 0 <= i < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"{prompt.where}: token id {bad} is outside the model's vocabulary 0..{vocab_size - 1}")
+
+
+class Collator:
+    """Pads on the right to the longest row and aligns targets with the hidden states.
+
+    target_ids[b, t] = input_ids[b, t + 1] where that token is scored, else -100. Padding is found by length.
+    """
+
+    def __init__(self, pad_token_id: int, *, multiple_of: int = 1):
+        self.pad_token_id = int(pad_token_id)
+        self.multiple_of = multiple_of
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        lengths = [len(e["input_ids"]) for e in examples]
+        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
+        ids = np.full((len(examples), width), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(examples), width), dtype=np.int64)
+        target = np.full((len(examples), width), -100, dtype=np.int64)
+        for b, (example, n) in enumerate(zip(examples, lengths, strict=True)):
+            row, scored = np.asarray(example["input_ids"]), np.asarray(example["scored"], dtype=bool)
+            ids[b, :n] = row
+            mask[b, :n] = 1
+            target[b, : n - 1] = np.where(scored[1:], row[1:], -100)
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "target_ids": torch.from_numpy(target),
+        }
+
+
+def _pack(examples: list[tuple[np.ndarray, np.ndarray]], origin: list[int], stats: DataStats) -> TokenDataset:
+    lengths = np.fromiter((len(ids) for ids, _ in examples), dtype=np.int64, count=len(examples))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([ids for ids, _ in examples])
+    scored = np.concatenate([s for _, s in examples])
+    first = scored[offsets[:-1]].sum()  # a row's first token is never predicted
+    stats.kept, stats.tokens = len(examples), len(ids)
+    stats.scored_tokens, stats.longest = int(scored.sum() - first), int(lengths.max())
+    return TokenDataset(ids, scored, offsets, np.array(origin, dtype=np.int64), stats)
+
+
+def _ends_with(ids: list[int], scored: list[bool], eos: int) -> bool:
+    """Whether the last scored token is EOS."""
+    last = next((k for k in range(len(ids) - 1, -1, -1) if scored[k]), None)
+    return last is not None and ids[last] == eos
+
+
+def _vocabulary_error(rows: Rows, i: int, token_id: int, vocab_size: int, tokenizer: Any) -> str:
+    token = f" ({tokenizer.convert_ids_to_tokens(token_id)!r})" if tokenizer is not None else ""
+    return (
+        f"{rows.where(i)}: token id {token_id}{token} is outside the model's vocabulary 0..{vocab_size - 1}; "
+        "do tokenizer and model belong together?"
+    )
