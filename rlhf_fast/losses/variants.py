@@ -109,6 +109,11 @@ def luspo(x: PolicyTerms, o: PolicyLoss):
     return clipped(x, o)
 
 
+def _either(condition: Tensor, yes: float, no: float, x: PolicyTerms) -> Tensor:
+    """One of two numbers per token, in the tokens' dtype."""
+    return torch.full_like(x.ratio, no).masked_fill(condition, yes)
+
+
 # ---- other weightings of the token's gradient --------------------------------------------------------------
 
 
@@ -140,7 +145,7 @@ def cispo(x: PolicyTerms, o: PolicyLoss):
 )
 def sapo(x: PolicyTerms, o: PolicyLoss):
     """SAPO (2025, arXiv 2511.20347): -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (0 counts as negative)."""
-    tau = torch.where(x.advantages > 0, o.params["temperature_pos"], o.params["temperature_neg"])
+    tau = _either(x.advantages > 0, o.params["temperature_pos"], o.params["temperature_neg"], x)
     return -(4 / tau) * torch.sigmoid(tau * (x.ratio - 1)) * x.advantages
 
 
@@ -161,8 +166,8 @@ def vespo(x: PolicyTerms, o: PolicyLoss):
         log_ratio = log_ratio + x.batch["log_correction"]
     log_w = x.segments.spread(x.segments.sum(log_ratio)).clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO)
     positive = x.advantages >= 0
-    k = torch.where(positive, o.params["k_pos"], o.params["k_neg"])
-    lam = torch.where(positive, o.params["lambda_pos"], o.params["lambda_neg"]).clamp(min=1e-4)
+    k = _either(positive, o.params["k_pos"], o.params["k_neg"], x)
+    lam = _either(positive, o.params["lambda_pos"], o.params["lambda_neg"], x).clamp(min=1e-4)
     phi = (lam + k * log_w - lam * log_w.exp()).exp()
     return -phi * x.advantages * x.logprob, {"vespo_weight": phi}
 
@@ -179,8 +184,7 @@ def geo_mean(x: PolicyTerms, o: PolicyLoss):
     kept = sign * torch.minimum(sign * log_ratio, sign * inside)
     ratio = x.segments.mean(kept).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = -x.segments.mean(x.advantages) * ratio
-    out = log_ratio != inside
-    above, below = out & (x.advantages > 0), out & (x.advantages < 0)
+    above, below = (log_ratio > inside) & (x.advantages > 0), (log_ratio < inside) & (x.advantages < 0)
     indicators = {"clip_fraction": above | below, "clip_fraction_low": below, "clip_fraction_high": above}
     return x.segments.spread(loss), indicators
 

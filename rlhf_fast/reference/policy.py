@@ -188,7 +188,7 @@ def policy_loss(
         total = sum((s.entropy * s.in_top).sum() for s in sequences)
         count = sum(int(s.in_top.sum()) for s in sequences)
         loss = loss - o.entropy_coef * total / (max(count, 1) if o.entropy_normalizer is None else o.entropy_normalizer)
-    return loss + logprob.new_zeros(()), _metrics(sequences, policy_term, o)
+    return loss + logprob.new_zeros(()), _metrics(sequences, policy_term, kind, o)
 
 
 def aggregate(losses: list[Tensor], how: str, normalizer: float | None, max_length: int | None) -> Tensor:
@@ -257,7 +257,7 @@ def _select_by_covariance(sequences: list[SimpleNamespace], kind: str, o: Simple
     if kind == "kl_cov":
         chosen = sorted(range(len(cov)), key=lambda t: (-float(cov[t]), t))[:count]
     else:
-        ratio = torch.cat([s.ratio.detach() for s in sequences])
+        ratio = torch.cat([s.log_ratio.detach().clamp(-20, 20).exp() for s in sequences])
         clipped = ((adv > 0) & (ratio > 1 + o.clip_high)) | ((adv < 0) & (ratio < 1 - o.clip_low))
         inside = (cov > o.params["cov_low"]) & (cov < o.params["cov_high"]) & ~clipped
         noise = torch.cat([s.noise for s in sequences])
@@ -289,17 +289,26 @@ def _drop_off_policy(sequences: list[SimpleNamespace], o: SimpleNamespace) -> No
             s.kept = ((s.advantages >= 0) | (drift <= o.off_policy_threshold)).to(s.logprob.dtype)
 
 
-def _metrics(sequences: list[SimpleNamespace], policy_term: Tensor, o: SimpleNamespace) -> dict[str, Tensor]:
+def _metrics(sequences: list[SimpleNamespace], policy_term: Tensor, kind: str, o: SimpleNamespace) -> dict[str, Tensor]:
     def mean(name: Callable[[SimpleNamespace], Tensor]) -> Tensor:
         values = torch.cat([name(s).detach().to(s.logprob.dtype) for s in sequences])
-        return values.sum() / max(values.numel(), 1)
+        given = o.normalizer if o.aggregation == "token_mean" else None  # then it counts all tokens there are
+        return values.sum() / (max(values.numel(), 1) if given is None else given)
 
+    def of(s: SimpleNamespace) -> Tensor:
+        return s.log_ratio if kind == "geo_mean" else s.ratio
+
+    low, high = 1 - o.clip_low, 1 + o.clip_high
+    if kind == "geo_mean":
+        low, high = -o.clip_low, o.clip_high
+    elif kind == "cispo":
+        low, high = 0.0, o.clip_high
     metrics = {
         "policy_loss": policy_term.detach(),
         "ratio_mean": mean(lambda s: s.ratio),
         "approx_kl": mean(lambda s: torch.expm1(s.log_ratio.clamp(-20, 20)) - s.log_ratio.clamp(-20, 20)),
-        "clip_fraction_low": mean(lambda s: (s.ratio < 1 - o.clip_low) & (s.advantages < 0)),
-        "clip_fraction_high": mean(lambda s: (s.ratio > 1 + o.clip_high) & (s.advantages > 0)),
+        "clip_fraction_low": mean(lambda s: (of(s) < low) & (s.advantages < 0)),
+        "clip_fraction_high": mean(lambda s: (of(s) > high) & (s.advantages > 0)),
         "off_policy_dropped": mean(lambda s: 1 - s.kept),
         "cov_fraction": mean(lambda s: s.selected),
     }
