@@ -367,11 +367,16 @@ def _folded(scale: float, softcap: float | None, inv_temperature: float) -> tupl
     return scale / softcap, softcap * inv_temperature
 
 
-def _segments(v: int, longest: int, block: int) -> tuple[int, int]:
+def split_row(v: int, longest: int, block: int) -> tuple[int, int]:
     """(count, elements per segment): equal segments of whole blocks, none longer than `longest`."""
     count = ceil_div(v, longest)
     size = ceil_div(ceil_div(v, count), block) * block
     return ceil_div(v, size), size
+
+
+def stats_lanes(element_size: int) -> int:
+    """Columns of the block's (rows, lanes) view: 16 bytes per thread."""
+    return WARPS * 32 * (16 // element_size)
 
 
 def row_stats(
@@ -392,9 +397,9 @@ def row_stats(
     if n == 0:
         return
     pre, post = _folded(scale, softcap, inv_temperature)
-    lanes = WARPS * 32 * (16 // logits.element_size())
+    lanes = stats_lanes(logits.element_size())
     rows = ROWS_PER_BLOCK
-    segments, segment = _segments(v, STATS_SEGMENT, rows * lanes)
+    segments, segment = split_row(v, STATS_SEGMENT, rows * lanes)
     part = row_max.new_empty((3, n, segments)) if segments > 1 else None
     tensors = (logits, target, bias, logprob, row_max, log_sum, entropy, part)
     row_stats_kernel[(n * segments,)](
@@ -450,7 +455,7 @@ def row_dlogits(
     pre, post = _folded(scale, softcap, inv_temperature)
     shared = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     narrow = shared and out.element_size() < logits.element_size()
-    segments, segment = _segments(v, v if narrow else DLOGITS_SEGMENT, DLOGITS_BLOCK)
+    segments, segment = split_row(v, v if narrow else DLOGITS_SEGMENT, DLOGITS_BLOCK)
     row_dlogits_kernel[(k * segments,)](
         logits,
         out,

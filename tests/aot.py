@@ -1,0 +1,254 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and report what the assembler says.
+
+    python tests/aot.py [sm ...]        # 80 90 100 by default
+
+Prints registers per thread, spilled bytes, shared memory and the widest global access of each shipped
+configuration. Runs in a process of its own: under TRITON_INTERPRET=1 nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton decorates anything
+
+import triton
+from rlhf_fast.kernels import policy, row_pass
+from rlhf_fast.kernels._common import EXACT, next_pow2
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 90, 100)
+ALIGNED = (("tt.divisibility", 16),)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NARROW_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Config(NamedTuple):
+    name: str
+    kernel: Any
+    types: dict[str, str]  # argument -> triton type, e.g. "*fp32"; absent: a constant
+    constants: dict[str, Any]
+    num_warps: int
+    aligned: frozenset[str]  # arguments known to be multiples of 16
+
+
+class Report(NamedTuple):
+    name: str
+    sm: int
+    registers: int
+    spills: int  # bytes of local memory per thread
+    shared: int
+    loads: list[int]  # bytes per global load instruction, as in the PTX
+    stores: list[int]
+    barriers_between: bool  # a barrier stands between the first wide load and the first wide store
+
+
+def _config(name, kernel, types, constants, num_warps, ragged=()) -> Config:
+    """Every pointer and every integer stride or length is a multiple of 16, save those in `ragged`."""
+    aligned = {k for k, t in types.items() if (t.startswith("*") or k in STRIDES) and k not in ragged}
+    return Config(name, kernel, types, constants, num_warps, frozenset(aligned))
+
+
+STRIDES = {"v", "z_stride", "out_stride", "segment"}
+
+
+def _stats(
+    z: str, v: int, *, entropy=True, softcap=False, bias=False, target=True, ragged=False, padded=False
+) -> list[Config]:
+    lanes = row_pass.stats_lanes(NARROW_TYPES[z])
+    segments, _ = row_pass.split_row(v, row_pass.STATS_SEGMENT, row_pass.ROWS_PER_BLOCK * lanes)
+    types = {"z_ptr": f"*{z}", "max_ptr": "*fp32", "logsum_ptr": "*fp32", "n": "i32", "v": "i32", "z_stride": "i32"}
+    types |= {"pre": "fp32"}
+    constants: dict[str, Any] = {"SEGMENTS": segments, "HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+    constants |= {"HAS_TARGET": target, "HAS_LOGPROB": target, "HAS_ENTROPY": entropy}
+    optional = {"target_ptr": ("*i64", target), "bias_ptr": ("*fp32", bias), "logprob_ptr": ("*fp32", target)}
+    optional |= {"entropy_ptr": ("*fp32", entropy), "post": ("fp32", softcap), "part_ptr": ("*fp32", segments > 1)}
+    _fill(types, constants, optional)
+    flags = [
+        f for f, on in (("H", entropy), ("cap", softcap), ("bias", bias), ("ragged", ragged), ("padded", padded)) if on
+    ]
+    label = " ".join([z, f"V={v}", *flags])
+    unaligned = ("v", "z_stride") if ragged else ("v",) if padded else ()
+    own = {"ROWS": row_pass.ROWS_PER_BLOCK, "LANES": lanes}
+    configs = [
+        _config(
+            f"row_stats {label}",
+            row_pass.row_stats_kernel,
+            types | {"segment": "i32"},
+            constants | own,
+            row_pass.WARPS,
+            unaligned,
+        )
+    ]
+    if segments > 1:
+        own = {"PADDED": next_pow2(segments), "BLOCK_N": row_pass.COMBINE_ROWS}
+        combine = _config(f"row_combine {label}", row_pass.row_combine_kernel, types, constants | own, 4, unaligned)
+        configs.append(combine)
+    return configs
+
+
+def _dlogits(
+    z: str, out: str, *, narrow=False, b=True, order=True, softcap=False, bias=False, ragged=False, padded=False
+):
+    types = {"z_ptr": f"*{z}", "out_ptr": f"*{out}", "target_ptr": "*i64", "max_ptr": "*fp32", "logsum_ptr": "*fp32"}
+    types |= {"d_ptr": "*fp32", "a_ptr": "*fp32", "pre": "fp32"} | dict.fromkeys(STRIDES, "i32")
+    constants: dict[str, Any] = {"SEGMENTS": 1 if narrow else 10, "BLOCK": row_pass.DLOGITS_BLOCK, "NARROW": narrow}
+    constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TARGET": True, "HAS_ORDER": order, "HAS_B": b}
+    optional = {"order_ptr": ("*i64", order), "bias_ptr": ("*fp32", bias), "b_ptr": ("*fp32", b)}
+    _fill(types, constants, optional | {"post": ("fp32", softcap)})
+    flags = (
+        ("in place", narrow),
+        ("H", b),
+        ("order", order),
+        ("cap", softcap),
+        ("bias", bias),
+        ("ragged", ragged),
+        ("padded", padded),
+    )
+    label = " ".join([f"{z}->{out}", *(f for f, on in flags if on)])
+    unaligned = ("v", "z_stride", "out_stride") if ragged else ("v",) if padded else ()
+    return [_config(f"row_dlogits {label}", row_pass.row_dlogits_kernel, types, constants, row_pass.WARPS, unaligned)]
+
+
+def _fill(types: dict, constants: dict, optional: dict[str, tuple[str, bool]]) -> None:
+    for name, (kind, present) in optional.items():
+        if present:
+            types[name] = kind
+        else:
+            constants[name] = None
+
+
+def configs() -> list[Config]:
+    """The configurations that matter: every dtype and every option at least once, the hot ones as shipped."""
+    out = []
+    for z in ("fp32", "bf16"):
+        out += _stats(z, 151936)
+        out += _stats(z, 151936, entropy=False)[:1]
+    out += _stats("fp32", 32000) + _stats("fp16", 32000)
+    out += _stats("fp32", 256000, softcap=True, bias=True)
+    out += _stats("bf16", 256000, softcap=True, bias=True)[:1]
+    out += _stats("fp32", 50257, ragged=True, target=False)[:1]
+    out += _stats("fp32", 50257, padded=True)[:1]  # V ragged, rows padded to 16 elements
+    out += _dlogits("fp32", "bf16", narrow=True, padded=True)
+    out += _dlogits("fp32", "bf16", narrow=True)
+    out += _dlogits("fp32", "bf16", narrow=True, b=False, order=False)
+    out += _dlogits("fp32", "fp16", narrow=True, softcap=True, bias=True)
+    out += _dlogits("fp32", "fp32") + _dlogits("bf16", "bf16") + _dlogits("fp16", "fp16", order=False)
+    out += _dlogits("fp32", "bf16", softcap=True, bias=True)
+    out += _dlogits("fp32", "bf16", narrow=True, ragged=True)
+    return out + _policy()
+
+
+def _policy() -> list[Config]:
+    vectors = ("logprob_ptr", "old_ptr", "adv_ptr", "weight_ptr", "policy_weight_ptr", "ref_ptr")
+    vectors += ("entropy_ptr", "entropy_weight_ptr", "dentropy_ptr")
+    scalars = ("low", "high", "delta", "dual_clip", "beta", "entropy_coef")
+    out = []
+    for name, absent, kl, dtype in (
+        ("grpo", {*vectors[4:], "delta", "dual_clip", "beta", "entropy_coef"}, "", "fp32"),
+        ("on-policy", {"old_ptr", *vectors[4:], "delta", "dual_clip", "beta", "entropy_coef"}, "", "fp32"),
+        ("everything k3", set(), "k3", "fp32"),
+        ("everything k2/abs bf16", set(), "abs", "bf16"),
+    ):
+        types = {"partial_ptr": "*fp32", "dlogprob_ptr": "*fp32", "n": "i64"}
+        constants: dict[str, Any] = {"KL": kl, "KL_GRADIENT": "k2" if kl == "abs" else kl, "KL_CORRECTION": bool(kl)}
+        constants |= {"BLOCK": policy.BLOCK}
+        optional = {v: (f"*{dtype}" if v != "dentropy_ptr" else "*fp32", v not in absent) for v in vectors}
+        _fill(types, constants, optional | {s: ("fp32", s not in absent) for s in scalars})
+        out.append(_config(f"policy_clip {name}", policy.policy_clip_kernel, types, constants, policy.WARPS))
+    types = {"partial_ptr": "*fp32", "sums_ptr": "*fp32", "programs": "i32"}
+    out.append(_config("policy_sums", policy.policy_sums_kernel, types, {"BLOCK": policy.SUM_BLOCK}, 4))
+    return out
+
+
+def compile_config(config: Config, sm: int) -> Report:
+    """Compile one configuration for one target and read the cubin and the PTX."""
+    fn = config.kernel
+    while not isinstance(fn, triton.JITFunction):  # under triton.heuristics
+        fn = fn.fn
+    names = fn.arg_names
+    missing = [a for a in names if a not in config.types and a not in config.constants]
+    if missing:
+        raise ValueError(f"{config.name}: neither type nor constant for {missing}")
+    signature = {a: config.types.get(a, "constexpr") for a in names}
+    attrs = {(names.index(a),): [list(ALIGNED[0])] for a in config.aligned}
+    source = ASTSource(fn, signature, dict(config.constants), attrs)
+    options = {"num_warps": config.num_warps, **EXACT}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    usage = resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Report(
+        config.name,
+        sm,
+        usage["REG"],
+        max(usage["STACK"], usage["LOCAL"]),
+        compiled.metadata.shared,
+        access_widths(ptx, "ld"),
+        access_widths(ptx, "st"),
+        barrier_between(ptx),
+    )
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL, as cuobjdump gives them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump gave no resource usage: {text!r}")
+    return found
+
+
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.b(\d+)\b")
+
+
+def access_widths(ptx: str, kind: str) -> list[int]:
+    """Bytes of each global load ("ld") or store ("st") in the PTX, in its order."""
+    return [int(n or 1) * int(bits) // 8 for k, n, bits in _ACCESS.findall(ptx) if k == kind]
+
+
+def barrier_between(ptx: str) -> bool:
+    """Whether every wide global store has a barrier between it and the wide global load before it."""
+    seen_load = guarded = False
+    for line in ptx.splitlines():
+        if "bar.sync" in line or "barrier.sync" in line:
+            guarded = True
+        found = _ACCESS.search(line)
+        if found and int(found[2] or 1) * int(found[3]) >= 32 and found[1] == "ld":
+            seen_load, guarded = True, False
+        elif found and found[1] == "st" and seen_load and not guarded:
+            return False
+    return seen_load
+
+
+def table(reports: list[Report]) -> str:
+    lines = [f"{'configuration':<52} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7} {'load B':>7} {'store B':>8}"]
+    for r in reports:
+        widest = max(r.loads, default=0), max(r.stores, default=0)
+        lines.append(
+            f"{r.name:<52} {r.sm:>4} {r.registers:>5} {r.spills:>6} {r.shared:>7} {widest[0]:>7} {widest[1]:>8}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    targets = [int(a) for a in arguments if a.isdigit()] or list(TARGETS)
+    reports = [compile_config(c, sm) for sm in targets for c in configs()]
+    print(json.dumps([r._asdict() for r in reports]) if as_json else table(reports))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
