@@ -64,7 +64,7 @@ def check_positive(name: str, value: float) -> float:
     """Return `value` as a float; raise a ValueError unless it is a finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
     return float(value)
 
@@ -73,7 +73,7 @@ def check_finite(name: str, value: float) -> float:
     """Return `value` as a float; raise unless it is a finite, non-zero number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value == 0:
+    if value == 0 or not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number other than 0, got {value}")
     return float(value)
 

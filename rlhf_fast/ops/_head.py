@@ -95,12 +95,11 @@ class Head:
         self.rescale = self.work == torch.float16
         v = weight.shape[0]
         self.tile = hidden.new_empty((rows, v), dtype=self.wide)
-        empty = hidden.new_empty(0)
         hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self.grads = Grads(
-            hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else empty,
-            weight.new_zeros(weight.shape, dtype=self.acc) if want.weight else empty,
-            weight.new_zeros(v, dtype=self.acc) if want.bias else empty,
+            hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else hidden.new_empty(0),
+            weight.new_zeros(weight.shape, dtype=self.acc) if want.weight else weight.new_empty(0),
+            weight.new_zeros(v, dtype=self.acc) if want.bias else weight.new_empty(0),
         )
         self.rows_forward = 0
         self.rows_backward = 0

@@ -65,7 +65,7 @@ def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform
     if launcher is None:
         _torch_stats(logits, target, bias, tf, out)
     else:
-        launcher.row_stats(logits, target, bias, **tf._asdict(), **out._asdict())
+        launcher.row_stats(logits, target.contiguous(), bias, **tf._asdict(), **out._asdict())
     return out
 
 
@@ -85,7 +85,8 @@ def row_dlogits(
     if out.shape[0] == 0:
         return
     launcher = _launcher(logits)
-    args = dict(row_max=stats.row_max, log_sum=stats.log_sum, d_target=d_target, a=a, b=b)
+    vectors = dict(row_max=stats.row_max, log_sum=stats.log_sum, d_target=d_target, a=a, b=b)
+    args = {k: None if x is None else x.contiguous() for k, x in vectors.items()}  # upstream may be expanded
     if launcher is None:
         _torch_dlogits(logits, out, order, target, bias, tf, **args)
     else:

@@ -44,7 +44,7 @@ def logprob_from_logits(
         torch.Size([2, 3])
     """
     _check_logits(logits)
-    _checks.check_target("target", target, logits.shape[:-1], "logits' leading shape ")
+    _checks.check_target("target", target, logits.shape[:-1], "logits' leading shape")
     _checks.check_same_device(logits=logits, target=target)
     tf = check_transform(temperature, logit_scale, softcap)
     flat = logits.reshape(-1, logits.shape[-1])
@@ -135,7 +135,7 @@ def _logits_logprob_backward(
     tf = Transform(scale, softcap, inv_temperature)
     stats = RowStats(dlogprob, row_max, log_sum, None)
     rows = target.long().masked_fill(~scored, -1)
-    row_dlogits(_rows(logits), out, None, rows, None, tf, stats, dlogprob.contiguous(), a.contiguous(), b)
+    row_dlogits(_rows(logits), out, None, rows, None, tf, stats, dlogprob, a, b)
     return out
 
 

@@ -97,7 +97,7 @@ def check_head(
             f"weight must be (V, D) with V > 0 and D={hidden.shape[-1]} as in hidden "
             f"{_checks.shape_str(hidden.shape)}, got {_checks.shape_str(weight.shape)}"
         )
-    _checks.check_target("target", target, hidden.shape[:-1], "hidden's leading shape ")
+    _checks.check_target("target", target, hidden.shape[:-1], "hidden's leading shape")
     if bias is not None:
         _checks.check_float("bias", bias)
         _checks.check_shape("bias", bias, weight.shape[:1], "(V,)")
