@@ -24,8 +24,7 @@ _ROWS = {"cpu": ("cpp", "torch", "triton"), "cuda": ("triton", "torch")}
 _SCANS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
 _ELEMENTWISE = {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")}
 OPS = {
-    "row_stats": _ROWS,
-    "row_dlogits": _ROWS,
+    "row_pass": _ROWS,
     "gae": _SCANS,
     "discounted_returns": _SCANS,
     "group_advantages": _SCANS,
