@@ -1,0 +1,96 @@
+"""Callbacks for `transformers.Trainer`: the run's files, a quiet progress bar, steps with broken gradients."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from .run_log import RunLog
+
+_END_OF_RUN = "train_runtime"  # in the last record of a Trainer, which sums up and is no step
+
+
+class RunLogCallback(TrainerCallback):
+    """Feeds a RunLog: every record becomes a row, curves are redrawn now and then, the last record a summary."""
+
+    def __init__(self, run_log: RunLog, *, curves: bool = True, redraw_seconds: float = 60.0):
+        self.run_log = run_log
+        self.curves = curves
+        self.redraw_seconds = redraw_seconds
+        self._drawn = time.monotonic()
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if _END_OF_RUN in logs:
+            names = ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+            self.run_log.summary(**{name: logs[name] for name in names if name in logs})
+            return
+        self.run_log.log(state.global_step, logs)
+        if self.curves and time.monotonic() - self._drawn > self.redraw_seconds:
+            self._draw()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._draw()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.curves:
+            self.run_log.curves()
+        self._drawn = time.monotonic()
+
+
+class QuietProgress(ProgressCallback):
+    """The usual progress bar, with the latest loss beside it in place of a line for every record."""
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {k: f"{v:.4g}" for k, v in logs.items() if k in ("loss", "eval_loss") and v is not None}
+            if shown:
+                self.training_bar.set_postfix(shown, refresh=False)
+
+
+class SkipBrokenSteps(TrainerCallback):
+    """Drops the gradients of a step in which one is NaN or infinite: weights and moments stay as they were.
+
+    Every rank decides alike. `limit` such steps in a row end the run. Under fp16 the gradient scaler does this.
+    """
+
+    def __init__(self, limit: int = 10):
+        self.limit = limit
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if args.fp16 or model is None:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not grads:
+            return
+        bad = (~torch.stack([g.isfinite().all() for g in map(_local, grads)]).all()).float()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        if not bad.item():
+            self._in_a_row = 0
+            return
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.skipped += 1
+        self._in_a_row += 1
+        warnings.warn(f"step {state.global_step + 1}: a gradient is not finite, step skipped", stacklevel=2)
+        if self._in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.limit} steps in a row had gradients that are not finite; "
+                "a lower learning_rate, or a look at the data, may help"
+            )
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    return grad.to_local() if hasattr(grad, "to_local") else grad
