@@ -100,7 +100,7 @@ def _dlogits(
 ):
     types = {"z_ptr": f"*{z}", "out_ptr": f"*{out}", "target_ptr": "*i64", "max_ptr": "*fp32", "logsum_ptr": "*fp32"}
     types |= {"d_ptr": "*fp32", "a_ptr": "*fp32", "pre": "fp32"} | dict.fromkeys(STRIDES, "i32")
-    constants: dict[str, Any] = {"SEGMENTS": 1 if narrow else 10, "BLOCK": row_pass.DLOGITS_BLOCK, "NARROW": narrow}
+    constants: dict[str, Any] = {"SEGMENTS": 1 if narrow else 10, "BLOCK": row_pass.DLOGITS_BLOCK}
     constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TARGET": True, "HAS_ORDER": order, "HAS_B": b}
     optional = {"order_ptr": ("*i64", order), "bias_ptr": ("*fp32", bias), "b_ptr": ("*fp32", b)}
     _fill(types, constants, optional | {"post": ("fp32", softcap)})
