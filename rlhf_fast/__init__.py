@@ -6,19 +6,33 @@
 """
 
 from rlhf_fast import reference
+from rlhf_fast.ops.advantages import advantage_options, group_advantages
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.fused import fused_linear_loss
 from rlhf_fast.ops.linear import linear_logprob
-from rlhf_fast.types import FusedLoss, LogProb
+from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten, shape_rewards
+from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast.types import FusedLoss, Gae, GroupAdvantages, LogProb, ShapedRewards, ValueLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoss",
+    "Gae",
+    "GroupAdvantages",
     "LogProb",
+    "ShapedRewards",
+    "ValueLoss",
+    "advantage_options",
+    "discounted_returns",
     "entropy_from_logits",
     "fused_linear_loss",
+    "gae",
+    "group_advantages",
     "linear_logprob",
     "logprob_from_logits",
+    "masked_whiten",
     "reference",
+    "shape_rewards",
+    "value_loss",
 ]

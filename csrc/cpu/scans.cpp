@@ -159,8 +159,10 @@ void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int th
   out[2] = total.m2;
 }
 
-void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift, float* out,
-            int threads) {
+void whiten(const float* x, const uint8_t* mask, int64_t n, const double* statistics, bool shift_mean, int ddof,
+            double eps, float* out, int threads) {
+  const Moments m{statistics[0], statistics[1], statistics[2]};
+  const double mean = m.mean, scale = 1.0 / std::sqrt(variance(m, ddof) + eps), shift = shift_mean ? 0.0 : mean;
   parallel_for(n, kBlock, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       out[i] = !mask || mask[i] ? float((double(x[i]) - mean) * scale + shift) : 0.0f;

@@ -32,9 +32,9 @@ void gae_tiled(const GaeArgs& args, int64_t n, int64_t tile, int64_t lane, const
 // count, mean, m2 of the counted elements, in blocks of fixed size: the same bits on any number of threads.
 void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int threads);
 
-// (x - mean) * scale + shift where counted, else 0.
-void whiten(const float* x, const uint8_t* mask, int64_t n, double mean, double scale, double shift, float* out,
-            int threads);
+// (x - mean) / sqrt(var + eps), plus the mean unless shift_mean, where counted; else 0. `statistics`: as `moments`.
+void whiten(const float* x, const uint8_t* mask, int64_t n, const double* statistics, bool shift_mean, int ddof,
+            double eps, float* out, int threads);
 
 // out (3, groups): count, mean, m2 of the finite values of each group. `order` (n) lists rows group by group
 // (null: rows are already so); `offsets` (groups + 1) cuts that list.

@@ -30,7 +30,7 @@ void bind_scans(py::module_& m) {
          double gamma, double lam, bool carry, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
          int threads) {
         rlhf::gae(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
-                                advantages, returns),
+                           advantages, returns),
                        threads);
       },
       release);
@@ -40,7 +40,7 @@ void bind_scans(py::module_& m) {
          double gamma, double lam, bool carry, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
          int64_t n, int64_t tile, int64_t lane, uintptr_t published) {
         rlhf::gae_tiled(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
-                                      advantages, returns),
+                           advantages, returns),
                              n, tile, lane, as<const uint8_t>(published));
       },
       release);
@@ -52,10 +52,10 @@ void bind_scans(py::module_& m) {
       release);
   m.def(
       "whiten",
-      [](uintptr_t x, uintptr_t mask, int64_t n, double mean, double scale, double shift, uintptr_t out,
-         int threads) {
-        rlhf::whiten(as<const float>(x), as<const uint8_t>(mask), n, mean, scale, shift, as<float>(out),
-                          threads);
+      [](uintptr_t x, uintptr_t mask, int64_t n, uintptr_t statistics, bool shift_mean, int ddof, double eps,
+         uintptr_t out, int threads) {
+        rlhf::whiten(as<const float>(x), as<const uint8_t>(mask), n, as<const double>(statistics), shift_mean, ddof,
+                     eps, as<float>(out), threads);
       },
       release);
   m.def(

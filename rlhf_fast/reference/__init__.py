@@ -3,11 +3,24 @@
 Named like the public operations; autograd gives the gradients.
 """
 
+from rlhf_fast.reference.advantages import group_advantages
 from rlhf_fast.reference.logprob import (
     entropy_from_logits,
     fused_linear_loss,
     linear_logprob,
     logprob_from_logits,
 )
+from rlhf_fast.reference.value import discounted_returns, gae, masked_whiten, shape_rewards, value_loss
 
-__all__ = ["entropy_from_logits", "fused_linear_loss", "linear_logprob", "logprob_from_logits"]
+__all__ = [
+    "discounted_returns",
+    "entropy_from_logits",
+    "fused_linear_loss",
+    "gae",
+    "group_advantages",
+    "linear_logprob",
+    "logprob_from_logits",
+    "masked_whiten",
+    "shape_rewards",
+    "value_loss",
+]

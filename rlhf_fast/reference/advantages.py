@@ -87,7 +87,7 @@ def group_advantages(
             for rows in groups:
                 have = [i for i in rows if math.isfinite(column[i])]
                 mean, std = mean_std(column[have], ddof)
-                normal[have] = (column[have] - mean) / (std + eps)
+                normal[have] = (column[have] - mean) / (std + eps if std > 0 else 1.0)
             columns.append(normal)
         rewards = combine_rewards(torch.stack(columns, 1), weights)
         baseline, scale = ("batch", "batch") if scale != "none" else ("none", "none")

@@ -187,10 +187,10 @@ def value_loss(
     if aggregation == "token_mean":
         total, count = per_sequence.sum(), tokens
     elif aggregation == "seq_mean_token_mean":
-        total, count = (per_sequence / lengths).sum(), sum(bool(c) for c in spans)
+        total, count = (per_sequence / lengths).sum(), len(spans)
     elif aggregation == "seq_mean_token_sum":
-        total, count = per_sequence.sum(), sum(bool(c) for c in spans)
+        total, count = per_sequence.sum(), len(spans)
     else:
-        total, count = per_sequence.sum() / max_length, sum(bool(c) for c in spans)
+        total, count = per_sequence.sum() / max_length, len(spans)
     loss = total / (max(count, 1) if normalizer is None else normalizer)
     return ValueLoss(loss, {"clip_fraction": values.new_tensor(clipped / max(tokens, 1))})

@@ -1,0 +1,115 @@
+"""Tensor-level door to the scans of the compiled modules: GAE, moments, whitening, group statistics.
+
+Every function takes flat contiguous tensors of one device and calls `_C` or `_cuda` accordingly. As in `_backend`,
+what must hold for the memory to be safe is checked here. A call on the GPU runs on the current stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast._backend import cpp_module, cuda_module, num_threads, pointer
+
+
+def gae(
+    rewards: Tensor,  # (N,) f32
+    values: Tensor | None,  # (N,) f32; None: zeros
+    mask: Tensor | None,  # (N,) bool
+    offsets: Tensor | None,  # (B+1,) int64; None: sequences of `length` tokens
+    length: int,
+    batch: int,
+    bootstrap: Tensor | None,  # (B,) f32
+    ends: Tensor | None,  # (B,) int64: one past the last token that counts; read on the GPU alone
+    *,
+    gamma: float,
+    lam: float,
+    carry: bool,
+    advantages: Tensor | None,  # (N,) f32, written
+    returns: Tensor | None,  # (N,) f32, written
+) -> None:
+    """Advantages and returns of a packed batch, sequences apart."""
+    n, device = rewards.numel(), rewards.device
+    for name, tensor in {"rewards": rewards, "values": values, "advantages": advantages, "returns": returns}.items():
+        _check(name, tensor, (n,), torch.float32, device)
+    _check("mask", mask, (n,), torch.bool, device)
+    _check("offsets", offsets, (batch + 1,), torch.int64, device)
+    _check("bootstrap", bootstrap, (batch,), torch.float32, device)
+    _check("ends", ends, (batch,), torch.int64, device)
+    if offsets is None and batch * length != n:
+        raise ValueError(f"rewards must hold {batch} sequences of {length}, got {n} tokens")
+    pointers = (pointer(rewards), pointer(values), pointer(mask), pointer(offsets))
+    if device.type == "cpu":
+        cpp_module().gae(
+            *pointers, batch, length, gamma, lam, carry, pointer(bootstrap), pointer(advantages), pointer(returns),
+            num_threads(),
+        )  # fmt: skip
+        return
+    workspace = torch.empty(cuda_module().gae_workspace_bytes(n), dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        cuda_module().gae(
+            *pointers, n, batch, length, gamma, lam, carry, pointer(bootstrap), pointer(ends), pointer(advantages),
+            pointer(returns), pointer(workspace), _stream(device),
+        )  # fmt: skip
+
+
+def moments(x: Tensor, mask: Tensor | None, out: Tensor) -> None:
+    """count, mean and sum of squared deviations of the counted elements of x (N,) f32 into out (3,) f64."""
+    _check("x", x, x.shape, torch.float32, x.device)
+    _check("mask", mask, x.shape, torch.bool, x.device)
+    _check("out", out, (3,), torch.float64, x.device)
+    if x.device.type == "cpu":
+        cpp_module().moments(pointer(x), pointer(mask), x.numel(), pointer(out), num_threads())
+        return
+    workspace = torch.empty(cuda_module().moments_workspace_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+    with torch.cuda.device(x.device):
+        cuda_module().moments(pointer(x), pointer(mask), x.numel(), pointer(workspace), pointer(out), _stream(x.device))
+
+
+def whiten(
+    x: Tensor, mask: Tensor | None, statistics: Tensor, *, shift_mean: bool, ddof: int, eps: float, out: Tensor
+) -> None:
+    """(x - mean) / sqrt(var + eps), plus the mean unless `shift_mean`, 0 where masked; statistics (3,) f64."""
+    _check("x", x, x.shape, torch.float32, x.device)
+    _check("mask", mask, x.shape, torch.bool, x.device)
+    _check("out", out, x.shape, torch.float32, x.device)
+    _check("statistics", statistics, (3,), torch.float64, x.device)
+    arguments = (pointer(x), pointer(mask), x.numel(), pointer(statistics), shift_mean, ddof, eps, pointer(out))
+    if x.device.type == "cpu":
+        cpp_module().whiten(*arguments, num_threads())
+        return
+    with torch.cuda.device(x.device):
+        cuda_module().whiten(*arguments, _stream(x.device))
+
+
+def group_stats(values: Tensor, order: Tensor | None, offsets: Tensor, out: Tensor) -> None:
+    """count, mean, m2 (3, G) f64 of the finite values (B,) f64 of each group; `order` (B,) lists rows by group.
+
+    `order` must be a permutation and `offsets` (G+1,) must rise from 0 to B.
+    """
+    groups = offsets.numel() - 1
+    _check("values", values, values.shape, torch.float64, values.device)
+    _check("order", order, values.shape, torch.int64, values.device)
+    _check("offsets", offsets, (groups + 1,), torch.int64, values.device)
+    _check("out", out, (3, groups), torch.float64, values.device)
+    arguments = (pointer(values), pointer(order), pointer(offsets), groups, pointer(out))
+    if values.device.type == "cpu":
+        cpp_module().group_stats(*arguments, num_threads())
+        return
+    with torch.cuda.device(values.device):
+        cuda_module().group_stats(*arguments, _stream(values.device))
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor is None:
+        return
+    good = tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape) and tensor.device == device
+    if not good or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {tuple(shape)} {dtype} tensor on {device}, got {tuple(tensor.shape)} "
+            f"{tensor.dtype} on {tensor.device}"
+        )

@@ -1,0 +1,275 @@
+"""Advantages of groups of answers to one prompt: GRPO and its relatives, as choices of baseline and scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _checks
+from rlhf_fast.ops import _scans
+from rlhf_fast.ops._sequences import work_dtype
+from rlhf_fast.types import GroupAdvantages
+
+BASELINES = ("mean", "loo", "opo", "best_other", "batch", "none")
+SCALES = ("group", "batch", "centered", "none")
+COMBINES = ("sum_then_normalize", "normalize_then_sum")
+
+# The named estimators, as options of `group_advantages`.
+ESTIMATORS: dict[str, dict[str, object]] = {
+    "grpo": {"baseline": "mean", "scale": "group"},
+    "dr_grpo": {"baseline": "mean", "scale": "none"},
+    "rloo": {"baseline": "loo", "scale": "none"},
+    "reinforce_plus_plus": {"baseline": "batch", "scale": "batch"},
+    "reinforce_plus_plus_baseline": {"baseline": "mean", "scale": "centered"},
+    "opo": {"baseline": "opo", "scale": "none"},  # and lengths
+    "pass_at_k": {"baseline": "best_other", "scale": "group"},
+    "remax": {"scale": "none"},  # and baseline, the rewards of the greedy answers
+}
+
+
+def advantage_options(name: str) -> dict[str, object]:
+    """Options of `group_advantages` for a named estimator.
+
+    grpo (arXiv:2402.03300), dr_grpo (2503.20783), rloo (2402.14740), reinforce_plus_plus and its group-baseline form
+    (2501.03262), opo (2505.23585; needs `lengths`), pass_at_k (2503.19595: k is the group's size), remax (2310.10505;
+    needs `baseline`, the rewards of the greedy answers).
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 0.0]), group_size=3, **advantage_options("rloo")).advantages
+        tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
+    return dict(ESTIMATORS[name])
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    scale: str = "group",
+    baseline: str | Tensor = "mean",
+    ddof: int = 1,
+    eps: float = 1e-4,
+    weights: Tensor | None = None,
+    combine: str = "sum_then_normalize",
+    lengths: Tensor | None = None,
+    zero_std: str = "keep",
+) -> GroupAdvantages:
+    """Advantage of each answer over the other answers to its prompt.
+
+        A_i = (r_i - b_i) / (s + eps)
+
+    Equivalent to `reference.group_advantages`, for all groups at once.
+
+    Args:
+        rewards: (B,) float, or (B, K): K reward functions. Constant.
+        group_size: rows i G to (i + 1) G - 1 are a group. group_ids: (B,) int, the group of each row: any numbers, in
+            any order. Neither: the whole batch is one group.
+        scale: s. "group": std of the group's rewards. "batch": std of the batch's rewards. "centered": std of r - b
+            over the batch. "none": no division.
+        baseline: b. "mean" of the group; "loo": mean of the others in it; "opo": its mean weighted by `lengths`;
+            "best_other": only the group's single best row gets an advantage, its lead over the second; "batch": mean of
+            the batch; "none": 0; or a (B,) tensor (ReMax).
+        ddof: 1 for the unbiased std, 0 for the biased one. eps: added to s.
+        weights: (K,) of the reward functions; None: ones. A row whose function k gave NaN counts the others only.
+        combine: "sum_then_normalize": the weighted sum is the reward. "normalize_then_sum": each function is first
+            normalised within its groups, (r - mean) / (std + eps), and the weighted sum then over the batch
+            (unless scale is "none"). Then baseline must be "mean" and scale "group" or "none".
+        lengths: (B,) tokens of each answer, for baseline "opo".
+        zero_std: "keep", or "mask": rows of groups whose std is 0 become invalid (DAPO's dynamic sampling).
+    Returns: GroupAdvantages(advantages, mean, std, count, zero_std, valid, num_invalid), fp32 (fp64 for fp64 rewards).
+    Raises: ValueError naming the tensor, what was expected and what came.
+    Source: see `advantage_options`; normalize_then_sum is GDPO's (arXiv:2601.05242). Defaults are TRL 1.16's (unbiased
+        std + 1e-4); verl has 1e-6.
+    Notes: a reward that is not finite leaves its group: advantage 0, valid False, counted in num_invalid. A group of
+        one gets exactly 0 with a baseline of its own (verl gives the raw reward), and so does any row whose s is 0,
+        however small the rewards: statistics are two-pass, in fp64. reinforce_plus_plus normalises over sequences; for
+        verl's normalisation over tokens broadcast the rewards and call `masked_whiten`. Over several ranks: gather the
+        rewards first.
+    Example:
+        >>> group_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), group_size=2, eps=0.0).advantages
+        tensor([-0.7071,  0.7071,  0.0000,  0.0000])
+    """
+    _check_options(rewards, scale, baseline, ddof, eps, weights, combine, lengths, zero_std)
+    groups = _groups(rewards, group_size, group_ids)
+    r = rewards.detach().double()
+    if r.dim() == 2:
+        if combine == "normalize_then_sum":
+            r = torch.stack([_normalized(column, groups, ddof, eps) for column in r.unbind(1)], 1)
+            baseline, scale = ("none", "none") if scale == "none" else ("batch", "batch")
+        r = _weighted_sum(r, weights)
+
+    finite = torch.isfinite(r)
+    stats = _scans.group_stats(r, groups.order, groups.offsets)
+    count, mean, std = stats[0][groups.index], stats[1][groups.index], _std(stats, ddof)[groups.index]
+    batch = _scans.group_stats(r, None, _whole(r))[:, 0]
+    b = baseline.detach().double() if isinstance(baseline, Tensor) else None
+    valid = finite if b is None else finite & torch.isfinite(b)
+    r = r.where(valid, 0.0)
+    if b is not None:
+        advantages = r - b.where(valid, 0.0)
+    else:
+        advantages = _subtract(r, baseline, finite, groups, count, mean, batch[1], lengths)
+    advantages = advantages.where(valid, 0.0)
+
+    if scale != "none":
+        if scale == "group":
+            denominator = std
+        elif scale == "batch":
+            denominator = _std(batch, ddof).expand_as(std)
+        else:
+            spread = advantages.where(valid, torch.nan)
+            denominator = _std(_scans.group_stats(spread, None, _whole(spread))[:, 0], ddof).expand_as(std)
+        none = denominator == 0
+        advantages = (advantages / (denominator + eps).masked_fill(none, 1.0)).masked_fill(none, 0.0)
+    degenerate = std == 0
+    if zero_std == "mask":
+        valid = valid & ~degenerate
+        advantages = advantages.where(valid, 0.0)
+    dtype = work_dtype(rewards)
+    return GroupAdvantages(
+        advantages.to(dtype), mean.to(dtype), std.to(dtype), count.long(), degenerate, valid, (~finite).sum()
+    )
+
+
+class _Groups:
+    """index (B,): group of each row, 0..G-1. order (B,): rows listed by group, None if they lie so. offsets (G+1,)."""
+
+    def __init__(self, index: Tensor, order: Tensor | None, offsets: Tensor):
+        self.index, self.order, self.offsets = index, order, offsets
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(B,) -> (B,): each row gets its group's sum."""
+        total = values.new_zeros(self.offsets.numel() - 1).index_add(0, self.index, values)
+        return total[self.index]
+
+    def max(self, values: Tensor) -> Tensor:
+        """(B,) -> (B,): each row gets its group's maximum."""
+        start = values.new_full((self.offsets.numel() - 1,), -torch.inf)
+        return start.scatter_reduce(0, self.index, values, "amax")[self.index]
+
+
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> _Groups:
+    rows, device = rewards.shape[0], rewards.device
+    positions = torch.arange(rows, device=device)
+    if group_size is not None:
+        if group_ids is not None:
+            raise ValueError("group_size and group_ids must not be given together")
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1 or rows % group_size:
+            raise ValueError(f"group_size must be an int >= 1 that divides B={rows}, got {group_size!r}")
+        return _Groups(positions // group_size, None, torch.arange(0, rows + 1, group_size, device=device))
+    if group_ids is None:
+        return _Groups(torch.zeros_like(positions), None, _whole(rewards))
+    _checks.check_shape("group_ids", group_ids, (rows,), "(B,)")
+    if group_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"group_ids must be int64 or int32, got {group_ids.dtype}")
+    _checks.check_same_device(rewards=rewards, group_ids=group_ids)
+    # Sorted, and as many groups as rows (empty ones last): no shape depends on the data, nothing waits for the device.
+    ids, order = group_ids.sort(stable=True)
+    rank = torch.zeros_like(positions)
+    rank[1:] = (ids[1:] != ids[:-1]).cumsum(0)
+    index = torch.empty_like(rank).scatter(0, order, rank)
+    return _Groups(index, order, torch.searchsorted(rank, torch.arange(rows + 1, device=device)))
+
+
+def _whole(rewards: Tensor) -> Tensor:
+    return torch.arange(2, device=rewards.device) * rewards.shape[0]
+
+
+def _std(stats: Tensor, ddof: int) -> Tensor:
+    """(G,) from (3, G): 0 where there are too few rows for it."""
+    freedom = stats[0] - ddof
+    return torch.where(freedom > 0, stats[2] / freedom.clamp(min=1), 0.0).sqrt()
+
+
+def _subtract(
+    r: Tensor,  # (B,), 0 where not finite
+    baseline: str,
+    finite: Tensor,
+    groups: _Groups,
+    count: Tensor,
+    mean: Tensor,
+    batch_mean: Tensor,
+    lengths: Tensor | None,
+) -> Tensor:
+    """(B,) r minus its baseline. All but "none" and "batch" are exactly 0 where a group's rewards are equal."""
+    if baseline == "none":
+        return r
+    if baseline == "batch":
+        return r - batch_mean
+    centred = (r - mean).where(finite, 0.0)
+    if baseline == "mean":
+        return centred
+    if baseline == "loo":  # r - (n mean - r) / (n - 1)
+        return centred * (count / (count - 1).clamp(min=1))
+    if baseline == "opo":
+        l = lengths.detach().double().where(finite, 0.0)
+        return centred - groups.sum(l * centred) / groups.sum(l).clamp(min=torch.finfo(torch.float64).tiny)
+    ranked = r.where(finite, -torch.inf)
+    best = groups.max(ranked)
+    leads = (ranked == best) & finite
+    second = groups.max(ranked.masked_fill(leads, -torch.inf))
+    alone = leads & (groups.sum(leads.double()) == 1) & (count > 1)
+    return torch.where(alone, r - second.where(alone, 0.0), 0.0)
+
+
+def _normalized(column: Tensor, groups: _Groups, ddof: int, eps: float) -> Tensor:
+    """(B,) rewards of one function, normalised within their groups; NaN where there is none."""
+    stats = _scans.group_stats(column.contiguous(), groups.order, groups.offsets)
+    std = _std(stats, ddof)[groups.index]
+    normal = ((column - stats[1][groups.index]) / (std + eps).masked_fill(std == 0, 1.0)).masked_fill(std == 0, 0.0)
+    return normal.where(torch.isfinite(column), torch.nan)
+
+
+def _weighted_sum(rewards: Tensor, weights: Tensor | None) -> Tensor:
+    """(B, K) -> (B,): over the components a row has; NaN where it has none."""
+    finite = torch.isfinite(rewards)
+    weighted = rewards if weights is None else rewards * weights.detach().double()
+    return weighted.where(finite, 0.0).sum(1).where(finite.any(1), torch.nan)
+
+
+def _check_options(
+    rewards: Tensor,
+    scale: str,
+    baseline: str | Tensor,
+    ddof: int,
+    eps: float,
+    weights: Tensor | None,
+    combine: str,
+    lengths: Tensor | None,
+    zero_std: str,
+) -> None:
+    _checks.check_float("rewards", rewards)
+    if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
+        raise ValueError(f"rewards must be (B,) or (B, K), got {_checks.shape_str(rewards.shape)}")
+    choices = {"scale": (scale, SCALES), "combine": (combine, COMBINES), "zero_std": (zero_std, ("keep", "mask"))}
+    if not isinstance(baseline, Tensor):
+        choices["baseline"] = (baseline, BASELINES)
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps!r}")
+    rows = rewards.shape[:1]
+    if isinstance(baseline, Tensor):
+        _checks.check_float("baseline", baseline)
+        _checks.check_shape("baseline", baseline, rows, "(B,)")
+    if weights is not None:
+        if rewards.dim() != 2:
+            raise ValueError(f"weights go with rewards (B, K), got rewards {_checks.shape_str(rewards.shape)}")
+        _checks.check_shape("weights", weights, rewards.shape[1:], "(K,)")
+    if isinstance(baseline, str) and baseline == "opo":
+        if lengths is None:
+            raise ValueError("lengths must be given with baseline opo")
+        _checks.check_shape("lengths", lengths, rows, "(B,)")
+    if rewards.dim() == 2 and combine == "normalize_then_sum":
+        if isinstance(baseline, Tensor) or baseline != "mean" or scale not in ("group", "none"):
+            raise ValueError("combine normalize_then_sum needs baseline mean and scale group or none")
+    elif combine == "normalize_then_sum":
+        raise ValueError(f"combine normalize_then_sum needs rewards (B, K), got {_checks.shape_str(rewards.shape)}")
+    tensors = {"baseline": baseline if isinstance(baseline, Tensor) else None, "weights": weights, "lengths": lengths}
+    _checks.check_same_device(rewards=rewards, **tensors)
