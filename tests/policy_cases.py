@@ -1,4 +1,4 @@
-"""Batches for the policy-loss tests: ragged lengths, both signs and zeros of advantage, ratios on both sides of clips."""
+"""Batches for the policy-loss tests: ragged lengths, both signs and zero advantages, ratios beyond the clips."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from policy_cases import KINDS, make_batch, options_of, ours_with_noise, pack, run
+
 from rlhf_fast import reference
 from rlhf_fast.losses import policy_loss, policy_loss_kinds
 from rlhf_fast.reference import policy as oracle

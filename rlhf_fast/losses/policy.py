@@ -162,7 +162,8 @@ class PolicyLoss:
         """The chunk's batch with the masks that depend on the current policy multiplied into policy_weight."""
         if "weight" not in batch:
             raise ValueError("batch must come from prepare(batch, mask, cu_seqlens); it has no 'weight'")
-        batch = dict(batch)
+        dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+        batch = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
         if self.off_policy_threshold is not None:
             valid = batch["weight"] != 0
             drift = 0.0

@@ -25,10 +25,25 @@ def _k2(delta: Tensor) -> Tensor:
     return 0.5 * delta.square()
 
 
+class _K3(torch.autograd.Function):
+    """expm1(x) - x at x = -delta; its derivative -expm1(x) as such, not as the difference that autograd would form.
+
+    Clamped on the side that overflows only: far above the reference the slope stays 1 and pulls back.
+    """
+
+    @staticmethod
+    def forward(ctx, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(delta)
+        x = (-delta).clamp(max=MAX_LOG_RATIO)
+        return torch.expm1(x) - x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * kl_slope(*ctx.saved_tensors, "k3")
+
+
 def _k3(delta: Tensor) -> Tensor:
-    # Clamped on the side that overflows only: far above the reference the slope stays 1 and pulls back.
-    x = (-delta).clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(x) - x
+    return _K3.apply(delta)
 
 
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "abs": _abs, "k2": _k2, "k3": _k3}
