@@ -1,0 +1,299 @@
+"""What every plain training loop needs around its algorithm: optimiser, schedule, callbacks, logs, checkpoints.
+
+`Loop` knows no rewards and no losses. A trainer asks it for one optimiser step at a time:
+
+    loop.start(max_steps)
+    while not loop.done:
+        with loop.timed("rollout"): ...
+        loop.update(micro_batches, loss_of)     # gradients, clipping, the step, the schedule
+        loop.end_step({"reward": ...})          # callbacks, logs, checkpoints
+    summary = loop.finish()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+from rlhf_fast.trainers.config import RunConfig
+from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+class Loop:
+    """Everything of a run that is not its algorithm.
+
+    Args:
+        model: the policy; its parameters that require grad are trained.
+        processing_class: the tokenizer, saved beside the model.
+        config: the stage's options.
+        callbacks: `TrainerCallback`s, besides those of `report_to`.
+        max_skipped_steps: steps in a row with gradients that are not finite before the run is given up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: Any,
+        config: RunConfig,
+        callbacks: Sequence[TrainerCallback] = (),
+        max_skipped_steps: int = 10,
+    ):
+        if config.resume_from_checkpoint:
+            raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} yet")
+        self.arguments = _training_arguments(config)  # first: it resets accelerate's state
+        precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+        if self.accelerator.distributed_type not in SUPPORTED:
+            kind = self.accelerator.distributed_type.value
+            raise ValueError(f"stage {config.stage!r} runs on one process or under DDP, got {kind}")
+        self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("the model has no parameter that requires grad")
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for group, decay in _decay_groups(model, config.weight_decay)],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.state = TrainerState(is_world_process_zero=self.main, is_local_process_zero=self.main)
+        self.control = TrainerControl()
+        reporting = get_reporting_integration_callbacks(self.arguments.report_to)
+        every = [DefaultFlowCallback, *reporting, *callbacks]
+        self.callbacks = CallbackHandler(every, self.unwrapped, processing_class, self.optimizer, None)
+        self.log: RunLog | None = None
+        self.seconds: dict[str, float] = defaultdict(float)  # by part, whole run
+        self.skipped = self._skipped_in_a_row = 0
+        self.max_grad_norm = config.max_grad_norm or float("inf")
+
+    # ---- the run
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def done(self) -> bool:
+        return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+
+    def start(self, max_steps: int, epochs: float) -> None:
+        """Schedule, log files and progress bar for `max_steps` optimiser steps."""
+        config = self.config
+        warmup = config.warmup_steps or int(config.warmup_ratio * max_steps)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, max_steps)
+        self.callbacks.lr_scheduler = self.scheduler
+        self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
+        self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
+        self.state.eval_steps = config.eval_steps
+        self.log = RunLog(config.output_dir, main=self.main)
+        hidden = config.disable_tqdm or not self.main
+        self.bar = tqdm(total=max_steps, desc=config.run_name or config.stage, unit="step", disable=hidden)
+        self._reset_metrics()
+        self._began = self._tokens_at = time.perf_counter()
+        self._tokens_logged = 0
+        self.control = self.callbacks.on_init_end(self.arguments, self.state, self.control)
+        self.control = self.callbacks.on_train_begin(self.arguments, self.state, self.control)
+
+    def finish(self, **values: Any) -> dict[str, Any]:
+        """Save the model, draw the curves, write the summary."""
+        self.control = self.callbacks.on_train_end(self.arguments, self.state, self.control)
+        self.bar.close()
+        self.save_model(self.config.output_dir)
+        if self.config.plot_loss:
+            self.log.curves()
+        self.log.close()
+        total = time.perf_counter() - self._began
+        return self.log.summary(
+            stage=self.config.stage,
+            steps=self.state.global_step,
+            seconds=round(total, 3),
+            seconds_by_part={name: round(value, 3) for name, value in self.seconds.items()},
+            skipped_steps=self.skipped,
+            peak_memory_mb=round(peak_memory_mb(), 1),
+            **values,
+        )
+
+    # ---- one step
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds spent inside to `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds[part] += time.perf_counter() - start
+
+    def update(self, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> None:
+        """One optimiser step over the summed losses. No micro-batch: no step, but the schedule goes on.
+
+        A step whose gradient is not finite is skipped, moments untouched, and counted.
+        """
+        self.control = self.callbacks.on_step_begin(self.arguments, self.state, self.control)
+        processes = self.accelerator.num_processes  # DDP averages over them, the normalisers are global
+        for k, micro in enumerate(micro_batches):
+            last = k + 1 == len(micro_batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                self.accelerator.backward(loss_of(micro) * processes)
+        if micro_batches:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            self.record({"grad_norm": norm})
+            if self.accelerator.scaler is not None or torch.isfinite(norm):  # fp16's scaler skips by itself
+                self.control = self.callbacks.on_pre_optimizer_step(self.arguments, self.state, self.control)
+                self.optimizer.step()
+                self.control = self.callbacks.on_optimizer_step(self.arguments, self.state, self.control)
+                self._skipped_in_a_row = 0
+            else:
+                self._skip()
+            self.optimizer.zero_grad()
+        self.record({"learning_rate": self.optimizer.param_groups[0]["lr"]})
+        self.scheduler.step()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise FloatingPointError(
+                f"gradients were NaN or infinite in {self._skipped_in_a_row} steps in a row, "
+                f"up to step {self.state.global_step + 1}: the run is given up"
+            )
+
+    def end_step(
+        self, metrics: Mapping[str, Any], *, evaluate: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        """Count the step; callbacks, log row, evaluation and checkpoint where they are due."""
+        self.record(metrics)
+        self.state.global_step += 1
+        self.bar.update()
+        self.control = self.callbacks.on_step_end(self.arguments, self.state, self.control)
+        if self.control.should_evaluate and evaluate is not None:
+            scores = dict(evaluate())
+            self.record(scores)
+            self.control.should_log = True
+            self.control = self.callbacks.on_evaluate(self.arguments, self.state, self.control, metrics=scores)
+        self.control.should_evaluate = False
+        if self.control.should_log or self.done:
+            self._log()
+        if self.control.should_save:
+            self.save_checkpoint()
+            self.control = self.callbacks.on_save(self.arguments, self.state, self.control)
+
+    # ---- metrics
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Keep values for the next log row: averaged over its steps, extremes for names in _max and _min."""
+        for name, value in metrics.items():
+            self._metrics[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def _reset_metrics(self) -> None:
+        self._metrics: dict[str, list[Any]] = defaultdict(list)
+        self._seconds_logged = dict(self.seconds)
+
+    def _log(self) -> None:
+        row = {name: _reduced(name, values) for name, values in self._metrics.items()}
+        now, tokens = time.perf_counter(), self.state.num_input_tokens_seen - self._tokens_logged
+        if tokens:  # from rollout to rollout: the steps between them have no tokens of their own
+            row["tokens_per_second"] = tokens / max(now - self._tokens_at, 1e-9)
+            self._tokens_logged, self._tokens_at = self.state.num_input_tokens_seen, now
+        for part, seconds in self.seconds.items():
+            row[f"seconds_{part}"] = seconds - self._seconds_logged.get(part, 0.0)
+        row |= {"skipped_steps": self.skipped, "peak_memory_mb": peak_memory_mb(), "epoch": self.state.epoch}
+        self.log.log(self.state.global_step, row)
+        shown = {name: f"{row[name]:.3f}" for name in ("reward", "loss", "kl") if name in row}
+        self.bar.set_postfix(shown, refresh=False)
+        self.state.log_history.append({"step": self.state.global_step, **row})
+        self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)
+        self._reset_metrics()
+
+    # ---- files
+
+    def save_model(self, folder: str | os.PathLike) -> None:
+        """Model in safetensors with its configs and tokenizer."""
+        if self.main:
+            self.unwrapped.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self) -> None:
+        """`checkpoint-<step>` in the output folder: written beside, then renamed, so it is whole or not there."""
+        folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
+        part = folder.with_name(f".{folder.name}.part")
+        if self.main:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(part)
+        if self.main:
+            torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
+            torch.save(self.scheduler.state_dict(), part / "scheduler.pt")
+            self.state.save_to_json(str(part / "trainer_state.json"))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            _prune(folder.parent, self.config.save_total_limit)
+
+
+def _reduced(name: str, values: list[Any]) -> float:
+    numbers = [float(v) for v in values]
+    if name.endswith("_max"):
+        return max(numbers)
+    if name.endswith("_min"):
+        return min(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def _decay_groups(model: nn.Module, decay: float) -> Iterable[tuple[list[nn.Parameter], float]]:
+    """Weight decay on matrices; none on biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [([p for p in trained if p.dim() > 1], decay), ([p for p in trained if p.dim() < 2], 0.0)]
+    return [(group, d) for group, d in groups if group]
+
+
+def _prune(folder: Path, limit: int | None) -> None:
+    if limit is None:
+        return
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    for old in found[: max(0, len(found) - limit)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _training_arguments(config: RunConfig) -> TrainingArguments:
+    """What callbacks read: the same values under transformers' names."""
+    shared = ("output_dir", "run_name", "seed", "logging_steps", "learning_rate", "per_device_train_batch_size")
+    shared += ("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "lr_scheduler_type", "use_cpu")
+    arguments = TrainingArguments(
+        **{name: getattr(config, name) for name in shared},
+        report_to=config.report_to,
+        disable_tqdm=config.disable_tqdm,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+    )
+    _ = arguments.device  # sets accelerate up, now rather than later
+    own = json.loads(json.dumps(config.to_dict(), default=str))
+    arguments.to_dict = lambda: own  # trackers show the run's own options
+    return arguments
