@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast import _backend, fused_linear_loss, reference
+from rlhf_fast.ops import _head
 from rlhf_fast.types import LossGrad
 
 BACKENDS = ["torch", "cpp"]
@@ -387,3 +388,46 @@ def test_bad_loss_fn():
         fused_linear_loss(hidden, weight, target, "grpo")
     with pytest.raises(KeyError, match="old"):
         fused_linear_loss(hidden, weight, target, clipped)
+
+
+@pytest.fixture(params=["torch", "cpp", "triton"])
+def like_cuda(request, monkeypatch):
+    """The road of a GPU on the CPU: an fp32 tile from narrow inputs, its gradient narrowed in the same bytes.
+
+    Only the product with an fp32 result is made up here (the CPU has none); tile, compaction, rescaling, views and
+    the row passes are the ones a GPU runs.
+    """
+    if request.param == "cpp" and not _backend.cpp_available():
+        pytest.skip("the C++ extension was not built")
+
+    def mm(self, left, right, dtype, out=None):
+        product = (left.double() @ right.double()).to(dtype)
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(_head, "work_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(_head, "tile_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(_head.Head, "_mm", mm)
+    with _backend.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiny", [1.0, 1e-9], ids=["", "tiny"])
+def test_fp32_tile_narrowed_in_place(like_cuda, dtype, tiny):
+    hidden, weight, target = head(20, 8, 70, dtype)
+    target[3:5] = -100
+    batch = ppo_batch(20, zero=0.4)
+    batch["w"] = batch["w"] * (tiny if dtype == torch.float16 else 1)
+    results = []
+    for kind, fn in ((torch.float64, reference.fused_linear_loss), (dtype, fused_linear_loss)):
+        h, w = (x.detach().to(kind).requires_grad_() for x in (hidden, weight))
+        extra = dict(chunk_size=7) if fn is fused_linear_loss else {}
+        out = fn(h, w, target, clipped, batch=batch, entropy=True, softcap=9.0, **extra)
+        (out.loss / batch["w"].abs().max()).backward()
+        results.append((out.logprob, out.entropy, h.grad, w.grad))
+    want, got = results
+    for a, b in zip(got[:2], want[:2], strict=True):  # nothing is rounded below fp32
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+    rounding = torch.finfo(dtype).eps
+    for a, b in zip(got[2:], want[2:], strict=True):  # dlogits and the result are narrow: two roundings
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2 * rounding * float(b.abs().max()))

@@ -7,6 +7,7 @@ gradient in place, and consumed by two more products. One buffer serves all tile
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -185,10 +186,24 @@ class Head:
             dw.addmm_(dz.t(), h)
         elif scale is not None:  # fp16 on CUDA
             dw.add_(self._mm(dz.t(), h, self.acc) / scale)
-        elif dz.is_cuda:
+        elif dz.is_cuda and addmm_accumulates(dz.device, dz.dtype):
             torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
+        elif dz.is_cuda:
+            dw.add_(self._mm(dz.t(), h, self.acc))
         else:
             dw.add_(torch.mm(dz.t(), h))
+
+
+@cache
+def addmm_accumulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of narrow inputs to an fp32 matrix in place; the first releases with
+    `out_dtype` want the matrix narrow too, and then the sum costs a pass of its own."""
+    a, sum_ = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(sum_, a, a, out_dtype=torch.float32, out=sum_)
+    except RuntimeError:
+        return False
+    return True
 
 
 def compaction(live: Tensor) -> tuple[Tensor | None, int]:
