@@ -35,15 +35,16 @@ RLHF_HD Affine<Real> identity_map() {
   return {Real(1), Real(0)};
 }
 
+// A constant map must not look at its argument: it may be the NaN of the next sequence, and 0 * NaN is NaN.
 template <typename Real>
 RLHF_HD Real apply(const Affine<Real>& f, Real s) {
-  return f.slope * s + f.offset;
+  return f.slope == Real(0) ? f.offset : f.slope * s + f.offset;
 }
 
 // x -> outer(inner(x)). `inner` belongs to the later token, which the scan meets first.
 template <typename Real>
 RLHF_HD Affine<Real> compose(const Affine<Real>& outer, const Affine<Real>& inner) {
-  return {outer.slope * inner.slope, outer.slope * inner.offset + outer.offset};
+  return {outer.slope * inner.slope, apply(outer, inner.offset)};
 }
 
 template <typename Real>

@@ -43,7 +43,8 @@ void gae_sequence(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t b)
   for (; i >= begin; --i) {
     const bool counts = !kMasked || a.mask[i];
     write_token(a, i, counts, state);
-    state = apply(token_map(a, k, i, counts), state);
+    const Affine<double> f = token_map(a, k, i, counts);
+    state = f.slope * state + f.offset;
   }
 }
 

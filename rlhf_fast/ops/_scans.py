@@ -123,7 +123,9 @@ def _torch_scan(
     longest = place.length if place.offsets is None else place.tokens
     step = 1
     while step < longest:  # map t becomes the composition of maps t .. t + 2 step - 1
-        offset = torch.cat([slope[:-step] * offset[step:] + offset[:-step], offset[-step:]])
+        # A constant map does not look at its argument, which may be the NaN of the next sequence.
+        composed = torch.where(slope[:-step] == 0, 0.0, slope[:-step] * offset[step:]) + offset[:-step]
+        offset = torch.cat([composed, offset[-step:]])
         slope = torch.cat([slope[:-step] * slope[step:], slope[-step:]])
         step *= 2
     after = torch.cat([offset[1:], offset.new_zeros(1)])

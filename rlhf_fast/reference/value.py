@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rlhf_fast.reference.policy import kl_estimate
 from rlhf_fast.types import Gae, ShapedRewards, ValueLoss
 
 
@@ -110,13 +111,8 @@ def shape_rewards(
     for b, (_, counted) in enumerate(sequences(like.shape, cu_seqlens, mask)):
         for t in counted:
             if ref_logprob is not None:
-                delta = (logprob.reshape(-1)[t] - ref_logprob.reshape(-1)[t]).to(scores.dtype)
-                kl[t] = {
-                    "k1": delta,
-                    "abs": delta.abs(),
-                    "k2": delta.square() / 2,
-                    "k3": torch.expm1((-delta).clamp(max=20.0)) - (-delta).clamp(max=20.0),
-                }[kl_estimator]
+                pair = logprob.reshape(-1)[t], ref_logprob.reshape(-1)[t]
+                kl[t] = kl_estimate(*pair, estimator=kl_estimator)
                 clipped = kl[t] if kl_clip is None else kl[t].clamp(-kl_clip, kl_clip)
                 rewards[t] = -kl_coef * clipped
         if counted:
