@@ -17,11 +17,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
+
+
+class Stage(NamedTuple):
+    """Where a stage's configuration class and its `run(config) -> summary` are: "module:name", imported on demand."""
+
+    config: str
+    run: str
+
 
 STAGES = {
-    "sft": "rlhf_fast.trainers.config:SFTConfig",
-    "grpo": "rlhf_fast.trainers.grpo:GRPOConfig",
+    "sft": Stage("rlhf_fast.trainers.config:SFTConfig", "rlhf_fast.trainers.sft:run_sft"),
+    "grpo": Stage("rlhf_fast.trainers.grpo_config:GRPOConfig", "rlhf_fast.trainers.grpo:run_grpo"),
 }
 
 
@@ -153,11 +161,15 @@ class SFTConfig(RunConfig):
 
 
 def config_class(stage: str) -> type[RunConfig]:
-    """The configuration class of a stage, imported when asked for."""
+    """The configuration class of a stage."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}{_nearest(str(stage), STAGES)}")
-    module, _, name = STAGES[stage].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return _import(STAGES[stage].config)
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Run the stage of a configuration; returns its summary."""
+    return _import(STAGES[config.stage].run)(config)
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> RunConfig:
@@ -365,6 +377,11 @@ def _convert_one(value: Any, option: Any) -> Any:
         (inner,) = typing.get_args(option)
         return [v if _is_exactly(v, inner) else _convert_one(v, inner) for v in value]
     raise ValueError
+
+
+def _import(spec: str) -> Any:
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _split_override(text: str) -> tuple[str, str]:

@@ -67,14 +67,18 @@ def choose_attention(config: RunConfig) -> str:
 
 
 def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Tell the model's configs about the tokenizer's EOS and padding, so that `generate` stops and pads."""
+    """Tell the model's configs about the tokenizer's special ids, so that `generate` stops and pads."""
     generation = getattr(model, "generation_config", None)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, generation):
+        if config is None:
+            continue
+        config.pad_token_id = tokenizer.pad_token_id
+        if tokenizer.bos_token_id is not None:
+            config.bos_token_id = tokenizer.bos_token_id
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
     if generation is None:
         return
-    generation.pad_token_id = tokenizer.pad_token_id
     eos = generation.eos_token_id
     known = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     if tokenizer.eos_token_id not in known:  # what training ends completions with must end generation

@@ -206,7 +206,7 @@ def run_sft(config: SFTConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, An
 Loaded = tuple["TokenDataset | None", "Rows | None"]
 
 
-def load_data(config: SFTConfig, tokenizer: Any) -> tuple[Loaded, Loaded]:
+def load_data(config: SFTConfig, tokenizer: Any, *, quiet: bool = False) -> tuple[Loaded, Loaded]:
     """((training set, its rows), (evaluation set, its rows)); the latter are None without an evaluation set."""
 
     def load(key: str) -> Loaded:
@@ -218,7 +218,8 @@ def load_data(config: SFTConfig, tokenizer: Any) -> tuple[Loaded, Loaded]:
             overlong_prompt=config.overlong_prompt,
             train_on_prompt=config.train_on_prompt,
         )
-        report(f"{key}: {dataset.stats}", config)
+        if not (quiet or config.disable_tqdm):
+            print(f"{key}: {dataset.stats}", file=sys.stderr)  # for people, off the output of programs
         return dataset, rows
 
     train, rows = load("dataset")
@@ -251,8 +252,12 @@ def training_arguments(config: SFTConfig, *, has_eval: bool) -> TrainingArgument
     }
     same = "seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate"
     same += " lr_scheduler_type num_train_epochs max_steps weight_decay adam_beta1 adam_beta2 adam_epsilon"
-    same += " max_grad_norm gradient_checkpointing bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm"
+    same += " max_grad_norm bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm"
     values |= {name: getattr(config, name) for name in same.split()}
+    if config.gradient_checkpointing:
+        names = {f.name for f in dataclasses.fields(TrainingArguments)}
+        new = "activation_checkpointing"  # its name from transformers 5.20 or so on
+        values[new if new in names else "gradient_checkpointing"] = True
     values |= config.training_arguments
     try:
         return TrainingArguments(**values)
@@ -267,9 +272,3 @@ def save_config(config: SFTConfig, run_log: RunLog) -> None:
     if run_log.main:
         path = Path(config.output_dir) / "run_config.yaml"
         write_atomic(path, lambda f: f.write(yaml.safe_dump(config.to_dict(), sort_keys=False)))
-
-
-def report(line: str, config: SFTConfig) -> None:
-    """A line for people, kept off the output of programs."""
-    if not config.disable_tqdm:
-        print(line, file=sys.stderr)

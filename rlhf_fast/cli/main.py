@@ -1,0 +1,119 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="rlhf-fast",
+    help="Fused kernels and thin trainers for reinforcement learning on language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_state = {"traceback": False}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("rlhf-fast"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fused kernels and thin trainers for reinforcement learning on language models."""
+    _state["traceback"] = bool(os.environ.get("RLHF_FAST_TRACEBACK")) or traceback
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the data.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Run a training stage from a YAML file, with key=value overrides."""
+    _state["traceback"] = _state["traceback"] or traceback
+    _call("train", "train", config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help="Which demo.")] = "grpo",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for what it leaves.")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Watch a small model learn on a task that needs no download."""
+    given = {} if output is None else {"output": output}
+    _call("demo", "demo", name, seed=seed, **given)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and what is missing."""
+    _call("doctor", "doctor")
+
+
+def _optional(name: str, summary: str) -> None:
+    """A command whose options are its module's own, registered when the module is there."""
+    if importlib.util.find_spec(f"rlhf_fast.cli.{name}") is None:
+        return
+
+    @app.command(
+        name,
+        help=summary,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def forward(context: typer.Context) -> None:
+        inner = typer.Typer(pretty_exceptions_enable=False, context_settings=app.info.context_settings)
+        module = importlib.import_module(f"rlhf_fast.cli.{name}")
+        inner.command(help=summary)(getattr(module, name))
+        command = typer.main.get_command(inner)
+        with _clear_errors():
+            command.main(list(context.args), prog_name=f"rlhf-fast {name}", standalone_mode=True)
+
+
+_optional("bench", "Measure the kernels against the machine's limits and against other libraries.")
+_optional("plan", "Predict the peak memory of a configuration, by part.")
+
+
+def _call(module: str, function: str, *args: Any, **kwargs: Any) -> None:
+    with _clear_errors():
+        loaded: Callable[..., Any] = getattr(importlib.import_module(f"rlhf_fast.cli.{module}"), function)
+        loaded(*args, **kwargs)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the user can mend is one red line and exit code 2; `--traceback` shows the rest of it."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if _state["traceback"]:
+            raise
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rlhf_fast"):
+            hint = " (pip install 'rlhf-fast[train]')"
+        line = " ".join(f"{error}".split()) or type(error).__name__
+        typer.secho(f"error: {line}{hint}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted", fg=typer.colors.RED, err=True)
+        raise typer.Exit(130) from None

@@ -1,0 +1,149 @@
+"""The command line, in its own processes where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import yaml
+from test_data import word_tokenizer
+from test_sft import make_rows, tiny_model
+from typer.testing import CliRunner
+
+from rlhf_fast.cli import main
+
+
+def invoke(*args):
+    return CliRunner().invoke(main.app, [str(a) for a in args])
+
+
+@pytest.fixture
+def config(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make_rows()))
+    values = dict(
+        stage="sft",
+        model_name_or_path=str(tmp_path / "model"),
+        dataset=str(tmp_path / "train.jsonl"),
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_help_lists_the_commands_and_imports_no_trainer():
+    code = (
+        "import sys\nfrom rlhf_fast.cli.main import app\n"
+        "try:\n    app(['--help'])\n"
+        "finally:\n    print([m for m in ('transformers', 'matplotlib', 'accelerate') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    for command in ("train", "demo", "doctor"):
+        assert command in out.stdout
+    assert out.stdout.rstrip().endswith("[]")
+
+
+def test_train_as_a_process(config):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from rlhf_fast.cli.main import app; app()", "train", str(config), "max_steps=3"]
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr
+    summary = json.loads((config.parent / "out" / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert "sft done" in out.stdout
+    assert str(config.parent / "out") in out.stdout.replace("\n", "")
+
+
+def test_dry_run_prints_config_and_counts_and_writes_nothing(config):
+    result = invoke("train", config, "--dry-run", "val_size=4", "per_device_train_batch_size=5", "max_steps=-1")
+    assert result.exit_code == 0, result.output
+    shown = yaml.safe_load(result.output)
+    assert (shown["stage"], shown["val_size"], shown["learning_rate"]) == ("sft", 4.0, 1e-5)
+    assert "# train: 12 of 12 rows" in result.output
+    assert "# evaluation: 4 of 4 rows" in result.output
+    assert "# 3 steps" in result.output
+    assert not (config.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learning_rat=1"], "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (["model_name_or_path=/no/where"], "model_name_or_path: no folder /no/where"),
+        (["dataset=gone.jsonl"], "dataset: no file or folder gone.jsonl"),
+        (["cutoff_len=0"], "cutoff_len must be at least 1, got 0"),
+        (["cutoff_len=1"], "no row is left to train on"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(config, overrides, message):
+    result = invoke("train", config, *overrides)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_traceback_on_request(config):
+    for args in (["--traceback", "train", config, "seed=x"], ["train", config, "seed=x", "--traceback"]):
+        result = invoke(*args)
+        assert isinstance(result.exception, ValueError)
+        assert "seed must be an integer" in str(result.exception)
+    assert invoke("train", config, "seed=x").exit_code == 2  # not remembered
+
+
+def test_bugs_are_not_dressed_up_as_user_errors(config, monkeypatch):
+    def broken(*args, **kwargs):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("rlhf_fast.cli.train.train", broken)
+    result = invoke("train", config)
+    assert isinstance(result.exception, AttributeError)
+
+
+def test_missing_config_and_missing_library(tmp_path, config, monkeypatch):
+    result = invoke("train", tmp_path / "none.yaml")
+    assert result.exit_code == 2
+    assert "no configuration file" in result.stderr
+
+    def missing(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr("rlhf_fast.cli.train.train", missing)
+    result = invoke("train", config)
+    assert result.exit_code == 2
+    assert "pip install 'rlhf-fast[train]'" in result.stderr
+
+
+def test_interrupt_has_its_own_code(config, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_fast.cli.train.train", stop)
+    assert invoke("train", config).exit_code == 130
+
+
+def test_demo_passes_its_options_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rlhf_fast.cli.demo.demo", lambda *a, **k: seen.append((a, k)), raising=False)
+    assert invoke("demo", "grpo", "--output", tmp_path, "--seed", "3").exit_code == 0
+    assert invoke("demo").exit_code == 0
+    assert seen == [(("grpo",), {"seed": 3, "output": tmp_path}), (("grpo",), {"seed": 0})]
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.output.strip()[0].isdigit()
