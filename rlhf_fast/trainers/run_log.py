@@ -122,9 +122,7 @@ class RunLog:
         log.curves(); log.summary(accuracy_after=0.96)
     """
 
-    def __init__(
-        self, output_dir: str | os.PathLike, *, resume_step: int | None = None, main: bool | None = None
-    ):
+    def __init__(self, output_dir: str | os.PathLike, *, resume_step: int | None = None, main: bool | None = None):
         self.output_dir = Path(output_dir)
         self.main = is_main_process() if main is None else main
         self.rows: list[dict[str, Any]] = []
@@ -210,9 +208,7 @@ class RunLog:
 
     def _cells(self, row: dict[str, Any]) -> list[Any]:
         cells = (row.get(name) for name in self.columns)
-        return [
-            json.dumps(finite(c), ensure_ascii=False) if isinstance(c, (list, dict)) else c for c in cells
-        ]
+        return [json.dumps(finite(c), ensure_ascii=False) if isinstance(c, (list, dict)) else c for c in cells]
 
     def _rewrite_csv(self) -> None:
         if self._csv is not None:
