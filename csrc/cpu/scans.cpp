@@ -71,14 +71,14 @@ Place place_of(const GaeArgs& a, const std::vector<int64_t>& ends, int64_t i) {
   return {b, i == ends[b] - 1};
 }
 
-float start_state(const GaeArgs& a, const GaeCoefficients<float>& k, int64_t b) {
-  return a.bootstrap ? k.gamma * a.bootstrap[b] : 0.0f;
+double start_state(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t b) {
+  return a.bootstrap ? k.gamma * double(a.bootstrap[b]) : 0.0;
 }
 
-Affine<float> tiled_map(const GaeArgs& a, const GaeCoefficients<float>& k, const std::vector<int64_t>& ends,
+Affine<double> tiled_map(const GaeArgs& a, const GaeCoefficients<double>& k, const std::vector<int64_t>& ends,
                         int64_t i) {
   const bool counts = !a.mask || a.mask[i];
-  const Affine<float> f = gae_map(k, a.rewards[i], a.values ? a.values[i] : 0.0f, counts);
+  const Affine<double> f = token_map(a, k, i, counts);
   const Place at = place_of(a, ends, i);
   return at.last ? constant_map(f, start_state(a, k, at.sequence)) : f;
 }
@@ -86,7 +86,7 @@ Affine<float> tiled_map(const GaeArgs& a, const GaeCoefficients<float>& k, const
 }  // namespace
 
 void gae_tiled(const GaeArgs& a, int64_t n, int64_t tile, int64_t lane, const uint8_t* published) {
-  const GaeCoefficients<float> k(a.gamma, a.lam, a.carry);
+  const GaeCoefficients<double> k(a.gamma, a.lam, a.carry);
   std::vector<int64_t> ends(a.batch);
   for (int64_t b = 0; b < a.batch; ++b) {
     ends[b] = sequence_begin(a, b + 1);
@@ -95,31 +95,31 @@ void gae_tiled(const GaeArgs& a, int64_t n, int64_t tile, int64_t lane, const ui
     }
   }
   const int64_t tiles = (n + tile - 1) / tile;
-  std::vector<Affine<float>> aggregate(tiles);
-  std::vector<float> prefix(tiles);
+  std::vector<Affine<double>> aggregate(tiles);
+  std::vector<double> prefix(tiles);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t high = n - t * tile, low = std::max<int64_t>(0, high - tile);
-    std::vector<Affine<float>> before;  // composition of the tile's runs up to each run
-    Affine<float> total = identity_map<float>();
+    std::vector<Affine<double>> before;  // composition of the tile's runs up to each run
+    Affine<double> total = identity_map<double>();
     for (int64_t end = high; end > low; end -= lane) {
       before.push_back(total);
-      Affine<float> run = identity_map<float>();
+      Affine<double> run = identity_map<double>();
       for (int64_t i = end - 1; i >= std::max(low, end - lane); --i) run = compose(tiled_map(a, k, ends, i), run);
       total = compose(run, total);
     }
     aggregate[t] = total;
     int64_t seen = t - 1;  // nearest earlier tile whose prefix this one may read
     while (seen > 0 && !published[seen]) --seen;
-    float state = t == 0 ? 0.0f : prefix[seen];
+    double state = t == 0 ? 0.0 : prefix[seen];
     for (int64_t u = seen + 1; u < t; ++u) state = apply(aggregate[u], state);
     prefix[t] = apply(total, state);
     for (size_t r = 0; r < before.size(); ++r) {
-      float s = apply(before[r], state);
+      double s = apply(before[r], state);
       const int64_t end = high - int64_t(r) * lane;
       for (int64_t i = end - 1; i >= std::max(low, end - lane); --i) {
         const Place at = place_of(a, ends, i);
         const bool counts = !a.mask || a.mask[i];
-        write_token(a, i, counts, double(at.last ? start_state(a, k, at.sequence) : s));
+        write_token(a, i, counts, at.last ? start_state(a, k, at.sequence) : s);
         s = apply(tiled_map(a, k, ends, i), s);
       }
     }

@@ -105,16 +105,17 @@ def _torch_scan(
     lam: float,
     carry: bool,
 ) -> Tensor:
-    """Returns r_t + s_{t+1} (N,), 0 where masked. Notation: csrc/common/affine_scan.h."""
+    """Returns r_t + s_{t+1} (N,) f64, 0 where masked. Notation: csrc/common/affine_scan.h."""
     device = rewards.device
+    rewards = rewards.double()  # powers of gamma lam by squaring would lose digits in fp32
     segment = place.segment_ids(device)
     ends = (place._replace(mask=None) if carry else place).ends(device)
     last = torch.arange(place.tokens, device=device) == ends[segment] - 1
-    start = rewards.new_zeros(()) if bootstrap is None else gamma * bootstrap[segment]
+    start = rewards.new_zeros(()) if bootstrap is None else gamma * bootstrap.double()[segment]
     slope = torch.full_like(rewards, gamma * lam)
     offset = gamma * lam * rewards
     if values is not None:
-        offset = offset + gamma * (1.0 - lam) * values
+        offset = offset + gamma * (1.0 - lam) * values.double()
     if place.mask is not None:
         slope = slope.masked_fill(~place.mask, 1.0 if carry else gamma * lam)
         offset = offset.masked_fill(~place.mask, 0.0)
