@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what the assembler says.
 
-    python tests/aot.py [sm ...]        # 80 90 100 by default
+    python tests/aot.py [--json] [--quick] [sm ...]        # 80 90 100 by default
 
 Prints registers per thread, spilled bytes, shared memory and the widest global access of each shipped
 configuration. Runs in a process of its own: under TRITON_INTERPRET=1 nothing is compiled.
@@ -46,9 +46,9 @@ class Report(NamedTuple):
     registers: int
     spills: int  # bytes of local memory per thread
     shared: int
-    loads: list[int]  # bytes per global load instruction, as in the PTX
-    stores: list[int]
-    barriers_between: bool  # a barrier stands between the first wide load and the first wide store
+    load_bytes: int  # widest global load and store, as in the machine code
+    store_bytes: int
+    wide_events: str  # 16-byte loads L, 16-byte stores S, barriers B, exponentials M, in the order of the code
 
 
 def _config(name, kernel, types, constants, num_warps, ragged=()) -> Config:
@@ -183,71 +183,76 @@ def compile_config(config: Config, sm: int) -> Report:
     source = ASTSource(fn, signature, dict(config.constants), attrs)
     options = {"num_warps": config.num_warps, **EXACT}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    usage = resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = resource_usage(file.name)
+        events, widest = memory_events(file.name)
     return Report(
         config.name,
         sm,
         usage["REG"],
         max(usage["STACK"], usage["LOCAL"]),
         compiled.metadata.shared,
-        access_widths(ptx, "ld"),
-        access_widths(ptx, "st"),
-        barrier_between(ptx),
+        widest["LDG"],
+        widest["STG"],
+        events,
     )
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
+def _cuobjdump(flag: str, cubin: str) -> str:
+    return subprocess.run([str(CUOBJDUMP), flag, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(cubin: str) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL, as cuobjdump gives them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    text = _cuobjdump("--dump-resource-usage", cubin)
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     if set(found) != {"REG", "STACK", "SHARED", "LOCAL"}:
         raise RuntimeError(f"cuobjdump gave no resource usage: {text!r}")
     return found
 
 
-_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.b(\d+)\b")
+_INSTRUCTION = re.compile(r"\b(LDG|STG|BAR|MUFU)\.([\w.]+)")
+_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
-def access_widths(ptx: str, kind: str) -> list[int]:
-    """Bytes of each global load ("ld") or store ("st") in the PTX, in its order."""
-    return [int(n or 1) * int(bits) // 8 for k, n, bits in _ACCESS.findall(ptx) if k == kind]
-
-
-def barrier_between(ptx: str) -> bool:
-    """Whether every wide global store has a barrier between it and the wide global load before it."""
-    seen_load = guarded = False
-    for line in ptx.splitlines():
-        if "bar.sync" in line or "barrier.sync" in line:
-            guarded = True
-        found = _ACCESS.search(line)
-        if found and int(found[2] or 1) * int(found[3]) >= 32 and found[1] == "ld":
-            seen_load, guarded = True, False
-        elif found and found[1] == "st" and seen_load and not guarded:
-            return False
-    return seen_load
+def memory_events(cubin: str) -> tuple[str, dict[str, int]]:
+    """`Report.wide_events`, and the widest LDG and STG in bytes."""
+    events, widest = [], {"LDG": 0, "STG": 0}
+    for name, suffix in _INSTRUCTION.findall(_cuobjdump("-sass", cubin)):
+        if name in widest:
+            size = max((_BYTES.get(part, 0) for part in suffix.split(".")), default=0) or 4
+            widest[name] = max(widest[name], size)
+            if size == 16:
+                events.append(name[0])
+        else:
+            events.append(name[0])
+    return "".join(events), widest
 
 
 def table(reports: list[Report]) -> str:
     lines = [f"{'configuration':<52} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7} {'load B':>7} {'store B':>8}"]
     for r in reports:
-        widest = max(r.loads, default=0), max(r.stores, default=0)
         lines.append(
-            f"{r.name:<52} {r.sm:>4} {r.registers:>5} {r.spills:>6} {r.shared:>7} {widest[0]:>7} {widest[1]:>8}"
+            f"{r.name:<52} {r.sm:>4} {r.registers:>5} {r.spills:>6} {r.shared:>7} {r.load_bytes:>7} {r.store_bytes:>8}"
         )
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    as_json = "--json" in arguments
+HOT = ("row_stats fp32 V=151936 H", "row_dlogits fp32->bf16 in place H order", "policy_clip everything k3")
+
+
+def plan(arguments: list[str]) -> list[tuple[Config, int]]:
+    """What to compile: everything for the given targets (all three by default); --quick: sm_90, and HOT for others."""
     targets = [int(a) for a in arguments if a.isdigit()] or list(TARGETS)
-    reports = [compile_config(c, sm) for sm in targets for c in configs()]
-    print(json.dumps([r._asdict() for r in reports]) if as_json else table(reports))
+    every = [(c, sm) for sm in targets for c in configs()]
+    return [(c, sm) for c, sm in every if sm == 90 or c.name in HOT] if "--quick" in arguments else every
+
+
+def main(arguments: list[str]) -> None:
+    reports = [compile_config(config, sm) for config, sm in plan(arguments)]
+    print(json.dumps([r._asdict() for r in reports]) if "--json" in arguments else table(reports))
 
 
 if __name__ == "__main__":
