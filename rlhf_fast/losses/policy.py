@@ -23,6 +23,7 @@ from rlhf_fast.losses.prepare import prepare_batch
 from rlhf_fast.losses.registry import PolicyTerms, Variant, unknown, variant
 from rlhf_fast.losses.segments import Segments
 from rlhf_fast.losses.weights import AGGREGATIONS, CORRECTIONS
+from rlhf_fast.ops.fused import register_ready
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, check_estimator, keep, kl_terms
 from rlhf_fast.ops.policy import SUMS, ClipTerms, clip_loss, ratio_range
 from rlhf_fast.types import LossGrad, Metrics
@@ -101,6 +102,8 @@ class PolicyLoss:
         for field in fields(self):
             object.__setattr__(self, field.name, values[field.name])
         _check_options(self)
+        if self._fused:  # the rest find their gradient by autograd, which an op cannot run
+            register_ready(self)
 
     # ---- the loss_fn protocol ----
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._head import Head, Wanted, tile_rows, wanted
+from rlhf_fast.ops._head import Head, Wanted, tile_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
 from rlhf_fast.types import LogProb
 
