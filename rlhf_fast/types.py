@@ -59,6 +59,13 @@ class ValueLoss(NamedTuple):
     metrics: Metrics
 
 
+class LossMetrics(NamedTuple):
+    """A loss () and its metrics."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
 class GroupAdvantages(NamedTuple):
     """Per-sequence advantages; every tensor (B,) but the last.
 

@@ -1,6 +1,29 @@
 """Ready-made losses over log-probabilities."""
 
+from rlhf_fast.losses.kto import KTO, kto_kl, kto_loss
+from rlhf_fast.losses.pairs import PairSegments, pair_segments
 from rlhf_fast.losses.policy import PolicyLoss, policy_loss
+from rlhf_fast.losses.preference import DPO, PreferenceLoss, preference_loss
+from rlhf_fast.losses.preference_kinds import PairTerms, preference_loss_kinds, register_preference_loss
 from rlhf_fast.losses.registry import PolicyTerms, policy_loss_kinds, register_policy_loss
+from rlhf_fast.losses.reward import reward_loss
 
-__all__ = ["PolicyLoss", "PolicyTerms", "policy_loss", "policy_loss_kinds", "register_policy_loss"]
+__all__ = [
+    "DPO",
+    "KTO",
+    "PairSegments",
+    "PairTerms",
+    "PolicyLoss",
+    "PolicyTerms",
+    "PreferenceLoss",
+    "kto_kl",
+    "kto_loss",
+    "pair_segments",
+    "policy_loss",
+    "policy_loss_kinds",
+    "preference_loss",
+    "preference_loss_kinds",
+    "register_policy_loss",
+    "register_preference_loss",
+    "reward_loss",
+]
