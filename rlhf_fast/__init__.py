@@ -2,37 +2,40 @@
 
     from rlhf_fast import fused_linear_loss, linear_logprob, group_advantages, policy_loss
 
-`import rlhf_fast` needs torch alone. The formulas stand in `rlhf_fast.reference`; the trainers in `rlhf_fast.trainers`.
+`import rlhf_fast` needs torch alone. The formulas stand in `rlhf_fast.reference`, ready-made losses for
+`fused_linear_loss` in `rlhf_fast.losses`, the trainers in `rlhf_fast.trainers`.
 """
 
-from rlhf_fast import reference
-from rlhf_fast.ops.advantages import advantage_options, group_advantages
+from rlhf_fast import losses, reference
+from rlhf_fast.losses import PolicyLoss, policy_loss, register_policy_loss
+from rlhf_fast.ops.advantages import group_advantages
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.fused import fused_linear_loss
+from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.linear import linear_logprob
 from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
-from rlhf_fast.types import FusedLoss, Gae, GroupAdvantages, LogProb, ShapedRewards, ValueLoss
+from rlhf_fast.types import FusedLoss, LogProb
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoss",
-    "Gae",
-    "GroupAdvantages",
     "LogProb",
-    "ShapedRewards",
-    "ValueLoss",
-    "advantage_options",
+    "PolicyLoss",
     "discounted_returns",
     "entropy_from_logits",
     "fused_linear_loss",
     "gae",
     "group_advantages",
+    "kl_estimate",
     "linear_logprob",
     "logprob_from_logits",
+    "losses",
     "masked_whiten",
+    "policy_loss",
     "reference",
+    "register_policy_loss",
     "shape_rewards",
     "value_loss",
 ]

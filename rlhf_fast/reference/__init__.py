@@ -10,6 +10,7 @@ from rlhf_fast.reference.logprob import (
     linear_logprob,
     logprob_from_logits,
 )
+from rlhf_fast.reference.policy import kl_estimate, policy_loss
 from rlhf_fast.reference.value import discounted_returns, gae, masked_whiten, shape_rewards, value_loss
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "fused_linear_loss",
     "gae",
     "group_advantages",
+    "kl_estimate",
     "linear_logprob",
     "logprob_from_logits",
     "masked_whiten",
+    "policy_loss",
     "shape_rewards",
     "value_loss",
 ]
