@@ -38,7 +38,11 @@ RLHF_HD Affine<Real> identity_map() {
 // A constant map must not look at its argument: it may be the NaN of the next sequence, and 0 * NaN is NaN.
 template <typename Real>
 RLHF_HD Real apply(const Affine<Real>& f, Real s) {
+#if defined(__CUDA_ARCH__)
+  return f.slope == Real(0) ? f.offset : fma(f.slope, s, f.offset);  // one rounding wherever it is inlined
+#else
   return f.slope == Real(0) ? f.offset : f.slope * s + f.offset;
+#endif
 }
 
 // x -> outer(inner(x)). `inner` belongs to the later token, which the scan meets first.

@@ -1,0 +1,37 @@
+// Launchers of the CUDA scans. Raw device pointers and a stream; every function returns cudaGetLastError() as an int.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace rlhf {
+
+struct GaeCudaArgs {
+  const float* rewards;
+  const float* values;      // null: zeros
+  const uint8_t* mask;      // null: every token counts
+  const int64_t* offsets;   // (batch + 1), or null: sequences of `length` tokens
+  int64_t n;
+  int64_t batch;
+  int64_t length;
+  double gamma;
+  double lam;
+  bool carry;
+  const float* bootstrap;   // (batch), or null: zeros
+  const int64_t* ends;      // (batch) one past the last token that counts, or null: the sequence's end
+  float* advantages;        // null: not wanted
+  float* returns;
+};
+
+int64_t gae_workspace_bytes(int64_t n);
+int gae(const GaeCudaArgs& args, void* workspace, cudaStream_t stream);
+
+int64_t moments_workspace_bytes(int64_t n);
+int moments(const float* x, const uint8_t* mask, int64_t n, void* workspace, double* out, cudaStream_t stream);
+int whiten(const float* x, const uint8_t* mask, int64_t n, const double* statistics, bool shift_mean, int ddof,
+           double eps, float* out, cudaStream_t stream);
+int group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
+                cudaStream_t stream);
+
+}  // namespace rlhf

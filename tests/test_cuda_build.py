@@ -1,0 +1,58 @@
+"""The CUDA sources compile for sm_80, sm_90 and PTX, without spills. No GPU is needed; what the kernels compute is
+tested through the C++ emulation of their order of work (test_value.py) and on a GPU by the same test files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
+TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+KERNELS = {
+    "gae.cu": {"gae_kernel"},
+    "moments.cu": {"partial_moments_kernel", "merge_moments_kernel", "whiten_kernel", "group_stats_kernel"},
+}
+MAX_REGISTERS = 80  # 256 threads: three blocks a multiprocessor at least
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def report(log: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, architecture) -> registers, spill bytes, shared memory, from ptxas -v."""
+    found, key = {}, None
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)' for '(sm_\d+)'", line):
+            key = (re.search(r"\d([a-z_]+_kernel)", entry.group(1)).group(1), entry.group(2))
+            found[key] = {"spill": 0, "registers": -1, "shared": 0}
+        elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[key]["spill"] = int(spill.group(1)) + int(spill.group(2))
+        elif used := re.search(r"Used (\d+) registers", line):
+            found[key]["registers"] = int(used.group(1))
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[key]["shared"] = int(shared.group(1)) if shared else 0
+    return found
+
+
+def test_every_source_is_listed():
+    assert {source.name for source in SOURCES} == set(KERNELS)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_compiles_without_spills(source, tmp_path):
+    command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", str(source)]
+    for target in TARGETS:
+        command += ["-gencode", target]
+    done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = report(done.stderr)
+    assert set(kernels) == {(name, arch) for name in KERNELS[source.name] for arch in ("sm_80", "sm_90")}
+    for (name, arch), use in sorted(kernels.items()):
+        print(f"{name:24} {arch} registers {use['registers']:3} spill {use['spill']} shared {use['shared']}")
+        assert use["spill"] == 0, (name, arch)
+        assert 0 < use["registers"] <= MAX_REGISTERS, (name, arch)
+        assert use["shared"] <= 48 * 1024, (name, arch)
