@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlhf_fast.ops.advantages as module
-from rlhf_fast import advantage_options, group_advantages, reference
+from rlhf_fast import group_advantages, reference
 from rlhf_fast._backend import cpp_available, use_backend
-from rlhf_fast.ops.advantages import BASELINES, ESTIMATORS, SCALES
+from rlhf_fast.ops.advantages import BASELINES, ESTIMATORS, SCALES, advantage_options
 
 BACKENDS = [pytest.param("cpp", marks=pytest.mark.skipif(not cpp_available(), reason="no C++ extension")), "torch"]
 NAN = math.nan

@@ -1,6 +1,5 @@
 // The export list of rlhf_fast._cuda. Device addresses and the stream arrive as integers, 0 for none;
 // rlhf_fast/_backend_scans.py has checked what they point to. A failed launch raises.
-#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -17,11 +16,8 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-cudaStream_t stream_of(uintptr_t address) { return reinterpret_cast<cudaStream_t>(address); }
-
 void check(int code, const char* what) {
-  if (code == int(cudaSuccess)) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(cudaError_t(code)));
+  if (code != 0) throw std::runtime_error(std::string(what) + ": " + rlhf::error_text(code));
 }
 
 void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t n, int64_t batch,
@@ -31,26 +27,26 @@ void gae(uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets,
                                at<const int64_t>(offsets), n, batch, length, gamma, lam, carry,
                                at<const float>(bootstrap), at<const int64_t>(ends), at<float>(advantages),
                                at<float>(returns)};
-  check(rlhf::gae(args, at<void>(workspace), stream_of(stream)), "gae");
+  check(rlhf::gae(args, at<void>(workspace), at<void>(stream)), "gae");
 }
 
 void moments(uintptr_t x, uintptr_t mask, int64_t n, uintptr_t workspace, uintptr_t out, uintptr_t stream) {
   check(rlhf::moments(at<const float>(x), at<const uint8_t>(mask), n, at<void>(workspace), at<double>(out),
-                      stream_of(stream)),
+                      at<void>(stream)),
         "moments");
 }
 
 void whiten(uintptr_t x, uintptr_t mask, int64_t n, uintptr_t statistics, bool shift_mean, int ddof, double eps,
             uintptr_t out, uintptr_t stream) {
   check(rlhf::whiten(at<const float>(x), at<const uint8_t>(mask), n, at<const double>(statistics), shift_mean, ddof,
-                     eps, at<float>(out), stream_of(stream)),
+                     eps, at<float>(out), at<void>(stream)),
         "whiten");
 }
 
 void group_stats(uintptr_t values, uintptr_t order, uintptr_t offsets, int64_t groups, uintptr_t out,
                  uintptr_t stream) {
   check(rlhf::group_stats(at<const double>(values), at<const int64_t>(order), at<const int64_t>(offsets), groups,
-                          at<double>(out), stream_of(stream)),
+                          at<double>(out), at<void>(stream)),
         "group_stats");
 }
 

@@ -222,12 +222,14 @@ int64_t flags_begin(int64_t tiles) { return tiles * int64_t(sizeof(Affine<double
 
 }  // namespace
 
+const char* error_text(int code) { return cudaGetErrorString(cudaError_t(code)); }
+
 int64_t gae_workspace_bytes(int64_t n) {
   const int64_t tiles = tile_count(n);
   return flags_begin(tiles) + (tiles + 1) * int64_t(sizeof(uint32_t));
 }
 
-int gae(const GaeCudaArgs& a, void* workspace, cudaStream_t stream) {
+int gae(const GaeCudaArgs& a, void* workspace, void* stream) {
   if (a.n <= 0) return int(cudaSuccess);
   const int64_t tiles = tile_count(a.n);
   auto* bytes = static_cast<uint8_t*>(workspace);
@@ -236,9 +238,10 @@ int gae(const GaeCudaArgs& a, void* workspace, cudaStream_t stream) {
   status.state = reinterpret_cast<double*>(status.aggregate + tiles);
   status.flag = reinterpret_cast<uint32_t*>(status.state + tiles);
   status.ticket = status.flag + tiles;
-  cudaError_t error = cudaMemsetAsync(status.flag, 0, size_t(tiles + 1) * sizeof(uint32_t), stream);
+  cudaError_t error = cudaMemsetAsync(status.flag, 0, size_t(tiles + 1) * sizeof(uint32_t),
+                                      static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return int(error);
-  gae_kernel<<<unsigned(tiles), kThreads, 0, stream>>>(a, status);
+  gae_kernel<<<unsigned(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, status);
   return int(cudaGetLastError());
 }
 

@@ -136,28 +136,30 @@ __global__ void __launch_bounds__(kGroupWarps * 32)
 
 int64_t moments_workspace_bytes(int64_t n) { return int64_t(block_count(n)) * int64_t(sizeof(Moments)); }
 
-int moments(const float* x, const uint8_t* mask, int64_t n, void* workspace, double* out, cudaStream_t stream) {
+int moments(const float* x, const uint8_t* mask, int64_t n, void* workspace, double* out, void* stream) {
   const int blocks = block_count(n);
   auto* partial = static_cast<Moments*>(workspace);
-  partial_moments_kernel<<<blocks, kThreads, 0, stream>>>(x, mask, n, partial);
-  merge_moments_kernel<<<1, kThreads, 0, stream>>>(partial, blocks, out);
+  partial_moments_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, mask, n, partial);
+  merge_moments_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(partial, blocks, out);
   return int(cudaGetLastError());
 }
 
 int whiten(const float* x, const uint8_t* mask, int64_t n, const double* statistics, bool shift_mean, int ddof,
-           double eps, float* out, cudaStream_t stream) {
+           double eps, float* out, void* stream) {
   if (n <= 0) return int(cudaSuccess);
   const int64_t blocks = (n + kThreads - 1) / kThreads;
   const unsigned grid = unsigned(blocks > (1 << 20) ? (1 << 20) : blocks);
-  whiten_kernel<<<grid, kThreads, 0, stream>>>(x, mask, n, statistics, shift_mean, ddof, eps, out);
+  whiten_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(x, mask, n, statistics, shift_mean, ddof,
+                                                                          eps, out);
   return int(cudaGetLastError());
 }
 
 int group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
-                cudaStream_t stream) {
+                void* stream) {
   if (groups <= 0) return int(cudaSuccess);
   const unsigned grid = unsigned((groups + kGroupWarps - 1) / kGroupWarps);
-  group_stats_kernel<<<grid, kGroupWarps * 32, 0, stream>>>(values, order, offsets, groups, out);
+  group_stats_kernel<<<grid, kGroupWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(values, order, offsets,
+                                                                                       groups, out);
   return int(cudaGetLastError());
 }
 

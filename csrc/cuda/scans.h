@@ -1,7 +1,6 @@
-// Launchers of the CUDA scans. Raw device pointers and a stream; every function returns cudaGetLastError() as an int.
+// Launchers of the CUDA scans: raw device pointers and a stream (a cudaStream_t). Every function returns a cudaError_t
+// as an int. No CUDA header here: the bindings are compiled by the host compiler alone.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -24,14 +23,16 @@ struct GaeCudaArgs {
   float* returns;
 };
 
+const char* error_text(int code);
+
 int64_t gae_workspace_bytes(int64_t n);
-int gae(const GaeCudaArgs& args, void* workspace, cudaStream_t stream);
+int gae(const GaeCudaArgs& args, void* workspace, void* stream);
 
 int64_t moments_workspace_bytes(int64_t n);
-int moments(const float* x, const uint8_t* mask, int64_t n, void* workspace, double* out, cudaStream_t stream);
+int moments(const float* x, const uint8_t* mask, int64_t n, void* workspace, double* out, void* stream);
 int whiten(const float* x, const uint8_t* mask, int64_t n, const double* statistics, bool shift_mean, int ddof,
-           double eps, float* out, cudaStream_t stream);
+           double eps, float* out, void* stream);
 int group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
-                cudaStream_t stream);
+                void* stream);
 
 }  // namespace rlhf
