@@ -1,0 +1,94 @@
+"""Peak host memory of one call beyond its inputs and outputs, in a fresh process.
+
+The kernel keeps the high-water mark of the resident set (VmHWM) and lets a process reset it. The call runs twice:
+`cold`, the first time at this shape in the process (a library's caches and compilation are in it), and `steady`.
+
+    python -m rlhf_fast.benchmarks.memory PROVIDER OP N,D,V DTYPE ZERO_ROWS
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rlhf_fast.benchmarks.cases import Case, make_inputs, parse_shape
+from rlhf_fast.benchmarks.measure import output_bytes
+
+TIMEOUT = 600
+
+
+class Extra(NamedTuple):
+    """Bytes beyond inputs and outputs: of the first call, and of a later one."""
+
+    cold: int
+    steady: int
+
+
+class Unmeasured(Exception):
+    """Memory cannot be measured here, or the process that should do it failed."""
+
+
+def extra_bytes(fn: Callable[[], dict[str, Tensor]]) -> int:
+    """Peak resident memory during one call, less what was there before and less its outputs. Linux only."""
+    gc.collect()
+    _trim()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM := VmRSS
+    except OSError as error:
+        raise Unmeasured(f"the high-water mark of memory cannot be reset here: {error}") from error
+    before = _status("VmRSS")
+    out = fn()
+    return _status("VmHWM") - before - output_bytes(out)
+
+
+def in_fresh_process(provider: str, case: Case) -> Extra:
+    """`extra_bytes` of a provider, measured by a process of its own."""
+    shape = ",".join(str(size) for size in case.shape[1:])
+    command = [sys.executable, "-m", __name__, provider, case.op, shape, case.dtype, str(case.zero_rows)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise Unmeasured(f"not done after {TIMEOUT} s") from error
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        raise Unmeasured((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return Extra(**json.loads(lines[-1]))
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise Unmeasured(f"/proc/self/status has no {field}")
+
+
+def _trim() -> None:
+    """Hand freed heap back, so that the call cannot hide in it."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure one provider on one case and print JSON."""
+    from rlhf_fast.benchmarks.providers import PROVIDERS, build
+
+    provider, op, shape, dtype, zero_rows = arguments
+    tiny = Case(op, parse_shape("tiny"), dtype)
+    for _ in range(2):  # threads, lazy imports and the libraries' own first-call memory
+        build(PROVIDERS[provider], tiny, make_inputs(tiny))()
+    case = Case(op, parse_shape(shape), dtype, float(zero_rows))
+    step = build(PROVIDERS[provider], case, make_inputs(case))
+    print(json.dumps(Extra(extra_bytes(step), extra_bytes(step))._asdict()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
