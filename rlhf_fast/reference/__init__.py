@@ -11,6 +11,7 @@ from rlhf_fast.reference.logprob import (
     logprob_from_logits,
 )
 from rlhf_fast.reference.policy import kl_estimate, policy_loss
+from rlhf_fast.reference.preference import kto_kl, kto_loss, preference_loss, reward_loss
 from rlhf_fast.reference.value import discounted_returns, gae, masked_whiten, shape_rewards, value_loss
 
 __all__ = [
@@ -20,10 +21,14 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "kto_kl",
+    "kto_loss",
     "linear_logprob",
     "logprob_from_logits",
     "masked_whiten",
     "policy_loss",
+    "preference_loss",
+    "reward_loss",
     "shape_rewards",
     "value_loss",
 ]
