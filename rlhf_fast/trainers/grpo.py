@@ -30,7 +30,7 @@ from transformers import TrainerCallback, set_seed
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.ops.advantages import group_advantages
-from rlhf_fast.trainers.data import Prompt, tokenize_prompts
+from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, tokenize_prompts
 from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience, collate, cut_rows
 from rlhf_fast.trainers.grpo_config import GRPOConfig
 from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
@@ -344,10 +344,7 @@ def as_prompts(rows: Any, tokenizer: Any, config: GRPOConfig, vocabulary: int) -
         rows = rows if isinstance(rows, Rows) else Rows.from_list(map(dict, rows))
         limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
         prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
-    for row, prompt in enumerate(prompts):
-        if max(prompt.ids) >= vocabulary or min(prompt.ids) < 0:
-            bad = next(i for i in prompt.ids if not 0 <= i < vocabulary)
-            raise ValueError(f"prompt {row} has the token id {bad}, outside the model's vocabulary of {vocabulary}")
+    check_prompt_vocabulary(prompts, vocabulary)
     return prompts
 
 

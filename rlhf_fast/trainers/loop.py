@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -172,7 +173,9 @@ class Loop:
                 self._skip()
             self.optimizer.zero_grad()
         self.record({"learning_rate": self.optimizer.param_groups[0]["lr"]})
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # no step yet: skipped or empty
+            self.scheduler.step()
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -1,0 +1,127 @@
+"""Reward functions: what they are given, how they add up, and what their mistakes say."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_fast.trainers.rewards import RewardError, Rewards, exact_match, load_function
+
+PROMPTS, COMPLETIONS = ["a>", "a>", "b>"], ["x", "yy", ""]
+IDS = [[3, 1], [4, 4, 1], [1]]
+
+
+def lengths(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+
+def test_keywords_and_columns():
+    seen = {}
+
+    def fn(prompts, completions, completion_ids, answer, **kwargs):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer, rest=kwargs)
+        return [1, 0.5, True]
+
+    scores = Rewards(fn)(
+        PROMPTS,
+        COMPLETIONS,
+        {"answer": ["p", "p", "q"], "level": [1, 1, 2]},
+        completion_ids=IDS,
+        finish_reasons=["stop"] * 3,
+    )
+    assert scores.total.tolist() == [1.0, 0.5, 1.0]
+    assert seen["prompts"] == PROMPTS
+    assert seen["completions"] == COMPLETIONS
+    assert seen["ids"] == IDS
+    assert seen["answer"] == ["p", "p", "q"]
+    assert seen["rest"] == {"level": [1, 1, 2], "finish_reasons": ["stop"] * 3}
+
+
+def test_a_function_gets_only_the_keywords_it_names():
+    def narrow(completions, answer):
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    rewards = Rewards(narrow)
+    assert rewards(PROMPTS, COMPLETIONS, {"answer": ["x", "", ""], "other": [0] * 3}).total.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_weights_and_several_functions():
+    rewards = Rewards([lengths, lambda prompts, **_: [1.0] * len(prompts)], [0.5, -2])
+    scores = rewards(PROMPTS, COMPLETIONS)
+    assert scores.total.tolist() == [0.5 - 2, 1.0 - 2, -2.0]
+    assert scores.each.tolist() == [[1.0, 1.0], [2.0, 1.0], [0.0, 1.0]]
+    assert rewards.names == ["lengths", "<lambda>"]
+    assert Rewards([lengths, lengths]).names == ["lengths", "lengths_2"]
+
+
+def test_none_leaves_the_row_to_the_others_and_nan_drops_it():
+    a = lambda **_: [None, 1.0, None]  # noqa: E731
+    b = lambda **_: [2.0, float("nan"), None]  # noqa: E731
+    total = Rewards([a, b])(PROMPTS, COMPLETIONS).total.tolist()
+    assert total[0] == 2.0
+    assert math.isnan(total[1])
+    assert math.isnan(total[2])  # no function had anything to say
+    assert math.isnan(Rewards(lambda **_: [math.inf, 0, 0])(PROMPTS, COMPLETIONS).total[0])
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, lambda v: [torch.tensor(x) for x in v], tuple])
+def test_tensors_and_tuples_are_numbers(kind):
+    assert Rewards(lambda **_: kind([1.0, 2.0, 3.0]))(PROMPTS, COMPLETIONS).total.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_errors_name_function_and_row():
+    def picky(completions, **_):
+        return [1 / len(c) for c in completions]
+
+    with pytest.raises(RewardError, match=r"'picky' raised ZeroDivisionError in row 2 \(''\)"):
+        Rewards(picky)(PROMPTS, COMPLETIONS)
+
+    def batch_only(completions, **_):
+        if len(completions) > 1:
+            raise KeyError("k")
+        return [0.0]
+
+    with pytest.raises(RewardError, match="'batch_only' raised KeyError on the batch"):
+        Rewards(batch_only)(PROMPTS, COMPLETIONS)
+
+    def short(**_):
+        return [1.0, 2.0]
+
+    with pytest.raises(RewardError, match="'short' must return 3 rewards, got 2; row 2 is the first without one"):
+        Rewards(short)(PROMPTS, COMPLETIONS)
+
+    def words(**_):
+        return [1.0, "good", 2.0]
+
+    with pytest.raises(RewardError, match=r"'words' must return numbers or None, got 'good' \(str\) in row 1"):
+        Rewards(words)(PROMPTS, COMPLETIONS)
+
+    def number(**_):
+        return 1.0
+
+    with pytest.raises(RewardError, match="'number' must return a list of 3 numbers, got float"):
+        Rewards(number)(PROMPTS, COMPLETIONS)
+
+
+def test_import_paths():
+    assert load_function("rlhf_fast.trainers.rewards:exact_match") is exact_match
+    assert load_function("os.path:join")("a", "b") == "a/b"
+    with pytest.raises(ValueError, match="no module 'rlhf_fast.nothing'"):
+        load_function("rlhf_fast.nothing:fn")
+    with pytest.raises(ValueError, match="has no 'nothing'"):
+        load_function("rlhf_fast.trainers.rewards:nothing")
+    with pytest.raises(ValueError, match="'package.module:function' or a callable, got 'len'"):
+        load_function("len")
+    with pytest.raises(ValueError, match="is not callable but float"):
+        load_function("math:pi")
+
+
+def test_bad_construction():
+    with pytest.raises(ValueError, match="at least one function"):
+        Rewards([])
+    with pytest.raises(ValueError, match="must hold 1 numbers, one a function, got 2"):
+        Rewards([lengths], [1, 2])
+
+
+def test_exact_match_wants_text_and_end():
+    assert exact_match(["12", "12", "21"], ["12"] * 3, ["stop", "length", "stop"]) == [1.0, 0.0, 0.0]
