@@ -275,13 +275,13 @@ def preference_loss(
     if isinstance(kind, PreferenceLoss) and options:
         raise ValueError(f"options must be in the PreferenceLoss given as kind, got {', '.join(options)} beside it")
     loss_fn = kind if isinstance(kind, PreferenceLoss) else PreferenceLoss(kind, **options)
-    for name, tensor in (("chosen", chosen), ("rejected", rejected)):
-        _checks.check_float(name, tensor)
-        if tensor.dim() not in (1, 2) or tensor.dim() != chosen.dim() or tensor.shape[0] != chosen.shape[0]:
-            expected = (
-                "(B,) or (B, T)" if name == "chosen" else f"({chosen.shape[0]},{' T)' if chosen.dim() > 1 else ')'}"
-            )
-            raise ValueError(f"{name} must be {expected}, got {_checks.shape_str(tensor.shape)}")
+    _checks.check_float("chosen", chosen)
+    _checks.check_float("rejected", rejected)
+    if chosen.dim() not in (1, 2):
+        raise ValueError(f"chosen must be (B,) or (B, T), got {_checks.shape_str(chosen.shape)}")
+    if rejected.dim() != chosen.dim() or rejected.shape[0] != chosen.shape[0]:
+        expected = f"(B,)=({chosen.shape[0]},)" if chosen.dim() == 1 else f"(B, T') with B={chosen.shape[0]}"
+        raise ValueError(f"rejected must be {expected}, got {_checks.shape_str(rejected.shape)}")
     _checks.check_same_device(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if (ref_chosen is None) != (ref_rejected is None):
         raise ValueError("ref_chosen and ref_rejected must be given together, got one of them")

@@ -7,6 +7,7 @@ log(1 + exp(x)) is written -s(-x) throughout, which neither overflows nor cancel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,11 +126,11 @@ F_ALIASES = {"reverse": "reverse_kl", "forward": "forward_kl", "js_divergence": 
 
 
 def divergence_score(logratio: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(exp(logratio)), without its constant where only differences matter; exponents are clamped at 20."""
+    """f'(exp(logratio)); exponents are clamped at 20."""
     if divergence == "forward_kl":  # f(t) = -log t, f'(t) = -1 / t
         return -torch.expm1((-logratio).clamp(max=MAX_LOG_RATIO))
     if divergence == "js":  # f'(t) = log(2 t / (t + 1))
-        return logsigmoid(logratio)
+        return math.log(2) + logsigmoid(logratio)
     if divergence == "alpha" and abs(alpha - 1) >= 1e-6:  # f'(t) = (t^(alpha - 1) - 1) / (alpha - 1)
         return torch.expm1(((alpha - 1) * logratio).clamp(max=MAX_LOG_RATIO)) / (alpha - 1)
     return logratio

@@ -195,7 +195,9 @@ def _pairs(chosen, rejected, ref_chosen, ref_rejected, mask, lengths, log_sum_sq
         p.fa, p.fb = _f_score(p.a, o), _f_score(p.b, o)
         p.d = p.fa - p.fb
         if o.weighting == "wpo":  # Zhou et al. 2024, eq. 2
-            p.weight = p.weight * math.exp(sum(float((x - s) / n) for x, s, n in zip(whole, drift, sizes, strict=True)))
+            p.weight = p.weight * math.exp(
+                sum(float((x.detach() - s) / n) for x, s, n in zip(whole, drift, sizes, strict=True))
+            )
         out.append(p)
     return out
 
