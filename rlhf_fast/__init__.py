@@ -7,7 +7,17 @@
 """
 
 from rlhf_fast import losses, reference
-from rlhf_fast.losses import PolicyLoss, policy_loss, register_policy_loss
+from rlhf_fast.losses import (
+    KTO,
+    PolicyLoss,
+    PreferenceLoss,
+    kto_loss,
+    policy_loss,
+    preference_loss,
+    register_policy_loss,
+    register_preference_loss,
+    reward_loss,
+)
 from rlhf_fast.ops.advantages import group_advantages
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.fused import fused_linear_loss
@@ -21,21 +31,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoss",
+    "KTO",
     "LogProb",
     "PolicyLoss",
+    "PreferenceLoss",
     "discounted_returns",
     "entropy_from_logits",
     "fused_linear_loss",
     "gae",
     "group_advantages",
     "kl_estimate",
+    "kto_loss",
     "linear_logprob",
     "logprob_from_logits",
     "losses",
     "masked_whiten",
     "policy_loss",
+    "preference_loss",
     "reference",
     "register_policy_loss",
+    "register_preference_loss",
+    "reward_loss",
     "shape_rewards",
     "value_loss",
 ]
