@@ -71,10 +71,11 @@ def demo(
     """
     if name != "grpo":
         raise ValueError(f"demo must be one of grpo, got {name!r}")
-    from rlhf_fast.trainers.config import load_config
-    from rlhf_fast.trainers.grpo import run_grpo
-    from rlhf_fast.trainers.sft import run_sft
+    from transformers.utils import logging
 
+    from rlhf_fast.trainers.config import load_config, run
+
+    logging.disable_progress_bar()  # of loading and saving: the training bar is the one to watch
     start, output = time.perf_counter(), Path(output)
     console = Console(quiet=quiet)
     console.print("[bold]rlhf-fast demo grpo[/]: sort six digits with a transformer of 132,736 parameters, on this CPU")
@@ -83,14 +84,14 @@ def demo(
     )
 
     console.print(f"\n[bold]1/2 SFT[/] on {LABELLED} labelled examples: rlhf-fast train {sft_yaml}")
-    run_sft(load_config(sft_yaml))
+    run(load_config(sft_yaml))
     before = answers(output / "sft", output / "data" / "test.jsonl")
     console.print(f"held-out accuracy [bold]{accuracy(before):.3f}[/]")
 
     console.print(
         f"\n[bold]2/2 GRPO[/], {rollouts} x {PROMPTS_PER_ROLLOUT} prompts x {GROUP}: rlhf-fast train {grpo_yaml}"
     )
-    summary = run_grpo(load_config(grpo_yaml))
+    summary = run(load_config(grpo_yaml))
     after = answers(output, output / "data" / "test.jsonl")
 
     scores = dict(accuracy_before=accuracy(before), accuracy_after=accuracy(after))

@@ -289,13 +289,20 @@ class GRPOTrainer:
             _add_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
             if on_policy:
                 gap = (out.logprob - micro.old_logprob)[micro.target_ids != IGNORE].abs()
-                share = {"sampler_logprob_gap": gap.sum() / minibatch.live_tokens}
-                _add_metrics(sums, share | ({"sampler_logprob_gap_max": gap.max()} if gap.numel() else {}))
+                largest = gap.max() if gap.numel() else gap.sum()
+                share = gap.sum() / minibatch.live_tokens
+                _add_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
             return out.loss
 
         self.loop.update(minibatch.micros, loss_of)
-        skipped_rows = {"no_gradient_steps": float(not minibatch.micros)}
-        self.loop.record({k: v for k, v in sums.items() if not k.startswith("rows_")} | skipped_rows)
+        kept = {name: self._over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
+        self.loop.record(kept | {"no_gradient_steps": float(not minibatch.micros)})
+
+    def _over_processes(self, name: str, value: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return value
+        every = self.accelerator.gather(value.reshape(1).to(self.accelerator.device))
+        return every.max() if name.endswith("_max") else every.min() if name.endswith("_min") else every.sum()
 
     def fused_loss(self, micro: MicroBatch, minibatch: MiniBatch, *, on_policy: bool) -> Any:
         """`FusedLoss` of a micro-batch: its share of the minibatch's loss, with the gradient already formed."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers.config import RunConfig
-from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb
+from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -110,6 +111,9 @@ class Loop:
         self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
         self.state.eval_steps = config.eval_steps
         self.log = RunLog(config.output_dir, main=self.main)
+        if self.main:
+            options = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            write_atomic(self.log.output_dir / "run_config.yaml", lambda f: f.write(options))
         hidden = config.disable_tqdm or not self.main
         self.bar = tqdm(total=max_steps, desc=config.run_name or config.stage, unit="step", disable=hidden)
         self._reset_metrics()
@@ -131,9 +135,11 @@ class Loop:
             stage=self.config.stage,
             steps=self.state.global_step,
             seconds=round(total, 3),
+            tokens_per_second=round(self.state.num_input_tokens_seen / total, 1),
             seconds_by_part={name: round(value, 3) for name, value in self.seconds.items()},
             skipped_steps=self.skipped,
             peak_memory_mb=round(peak_memory_mb(), 1),
+            output_dir=str(self.config.output_dir),
             **values,
         )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-class RewardError(RuntimeError):
+class RewardError(ValueError):
     """A reward function raised or returned something that is no list of rewards."""
 
 
