@@ -406,6 +406,9 @@ def like_cuda(request, monkeypatch):
 
     monkeypatch.setattr(_head, "work_dtype", lambda dtype, device: dtype)
     monkeypatch.setattr(_head, "tile_dtype", lambda dtype, device: torch.float32)
+    padded = _head.tile_stride(70, torch.device("cuda"))
+    assert padded == 80
+    monkeypatch.setattr(_head, "tile_stride", lambda vocab, device: padded)
     monkeypatch.setattr(_head.Head, "_mm", mm)
     with _backend.use_backend(request.param):
         yield request.param

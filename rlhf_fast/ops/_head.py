@@ -31,6 +31,12 @@ def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return stat_dtype(dtype) if device.type == "cuda" else work_dtype(dtype, device)
 
 
+def tile_stride(vocab: int, device: torch.device) -> int:
+    """Elements from one row of a tile to the next: on CUDA a multiple of 16, so that every row starts aligned and a
+    ragged vocabulary costs neither the products nor the row passes their wide loads."""
+    return -(-vocab // 16) * 16 if device.type == "cuda" else vocab
+
+
 def tile_rows(
     n: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None, budget: int | None
 ) -> int:
@@ -95,7 +101,7 @@ class Head:
         self.bias = None if bias is None else bias.to(self.acc)
         self.rescale = self.work == torch.float16
         v = weight.shape[0]
-        self.tile = hidden.new_empty((rows, v), dtype=self.wide)
+        self.tile = hidden.new_empty((rows, tile_stride(v, hidden.device)), dtype=self.wide)[:, :v]
         hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         self.grads = Grads(
             hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else hidden.new_empty(0),
