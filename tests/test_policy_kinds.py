@@ -173,3 +173,17 @@ def test_packed_reference_is_the_padded_one():
         b = run(reference.policy.policy_loss, pack(batch), kind, with_noise=True, **options)
         torch.testing.assert_close(a[0], b[0], **EXACT)
         torch.testing.assert_close(a[2][batch["mask"]], b[2], **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "kl_correction": True}], ids=["plain", "kl_corrected"])
+def test_gradient_beyond_the_clamp(kind, options):
+    """Past +-20 nats the ratio is constant: its gradient is 0, not the value of exp there. Values up to 1e9."""
+    batch = make_batch(seed=8, spread=15.0, per_token=True)
+    options = {**options_of(kind), **options}
+    ours = run(ours_with_noise, batch, kind, with_noise=True, **options)
+    theirs = run(oracle.policy_loss, batch, kind, with_noise=True, **options)
+    far = ((batch["logprob"] - batch["old_logprob"]).abs() > 20) & batch["mask"]
+    assert far.any()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-9, atol=1e-13)
