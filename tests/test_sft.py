@@ -151,6 +151,8 @@ def test_nothing_scored_gives_zero_loss_and_zero_gradients(tmp_path):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and p.grad.count_nonzero() == 0 for p in model.parameters())
+    empty = NLL().prepare({}, torch.zeros(3, dtype=torch.bool), None)
+    assert NLL().gradient(torch.zeros(0), None, empty).loss.item() == 0  # 0 / 1, not 0 / 0
     with pytest.raises(ValueError, match="normalizer"):
         NLL(torch.ones(2)).prepare({}, torch.ones(2, dtype=torch.bool), None)
 
