@@ -134,5 +134,3 @@ def cuda_extra_bytes(fn: Callable[[], dict[str, Tensor]]) -> int:
 def output_bytes(out: dict[str, Tensor]) -> int:
     """Bytes of the results themselves: every provider has to make them."""
     return sum(t.untyped_storage().nbytes() for t in out.values())
-
-

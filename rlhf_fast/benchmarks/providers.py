@@ -334,7 +334,9 @@ PROVIDERS = {
             "F.linear_cross_entropy in chunks",
             _head_ops(_torch_lce_logprob) | {"cross_entropy": _torch_lce_mean},
         ),
-        Provider("trl", "TRL's fused head; selective_log_softmax", _head_ops(_trl_head) | _logits_ops(_trl_from_logits)),
+        Provider(
+            "trl", "TRL's fused head; selective_log_softmax", _head_ops(_trl_head) | _logits_ops(_trl_from_logits)
+        ),
         Provider("trl-logits", "TRL without the fused head: logits, selective_log_softmax", _head_ops(_trl_logits)),
         Provider(
             "liger",

@@ -1,0 +1,199 @@
+"""The run: for each case inputs, answer, limit; each provider checked, then all timed in turn, then memory."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_fast.benchmarks.cases import DTYPES, OPS, Case, Inputs, answer, errors, make_inputs, within_budget, wrong
+from rlhf_fast.benchmarks.measure import (
+    Timing,
+    cuda_extra_bytes,
+    flops,
+    interleaved,
+    limit,
+    limit_share,
+    synchronize,
+    traffic,
+)
+from rlhf_fast.benchmarks.memory import Unmeasured, in_fresh_process
+from rlhf_fast.benchmarks.providers import NAIVE, OURS, PROVIDERS, Provider, Step, Unavailable, build
+
+LIMIT = "limit"
+
+
+@dataclass
+class Row:
+    """One provider on one case. `status`: ok; loose (less exact than naive torch); skipped, wrong or failed (`reason`).
+
+    Times in ms; `ratio` to ours, `x_limit` to the machine's floor for this case; memory in MB (1e6 bytes).
+    """
+
+    op: str
+    shape: str
+    n: int
+    d: int
+    v: int
+    dtype: str
+    zero_rows: float
+    device: str
+    provider: str
+    status: str = "ok"
+    reason: str = ""
+    ms: float | None = None
+    ms_best: float | None = None
+    ms_rounds: list[float] = field(default_factory=list)
+    ratio: float | None = None
+    x_limit: float | None = None
+    rate: float | None = None
+    rate_unit: str = ""
+    extra_mb: float | None = None
+    extra_mb_cold: float | None = None
+    error: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple:
+        """What makes rows of two runs comparable."""
+        return (self.op, self.n, self.d, self.v, self.dtype, self.zero_rows, self.provider)
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is done. `memory` False leaves the column empty (on the CPU it takes a process per provider)."""
+
+    providers: tuple[str, ...] = tuple(PROVIDERS)
+    rounds: int = 5
+    warmup: int = 2
+    memory: bool = True
+    seed: int = 0
+
+
+Notify = Callable[[str], None]
+
+
+def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -> list[Row]:
+    """All rows of one case, the limit first."""
+    notify(f"{case.label}: inputs and fp64 answer")
+    x = make_inputs(case, options.seed)
+    truth = answer(case, x)
+    naive = _naive_error(case, x, truth)
+    rows, steps = [], {}
+    for name in options.providers:
+        provider = PROVIDERS[name]
+        if case.op not in provider.ops:
+            continue
+        notify(f"{case.label}: {name}, checked")
+        row = _row(case, name)
+        rows.append(row)
+        step = _checked(provider, case, x, truth, naive, row, options.warmup)
+        if step is not None:
+            steps[name] = step
+    notify(f"{case.label}: {len(steps)} providers timed over {options.rounds} rounds")
+    calls = {LIMIT: limit(case, x), **steps}
+    calls[LIMIT]()
+    timings = interleaved(calls, case.device, options.rounds)
+    floor = timings.pop(LIMIT)
+    share = limit_share(case)
+    floor = Timing(floor.median * share, floor.best * share, [s * share for s in floor.rounds])
+    rows.insert(0, _timed(_row(case, LIMIT), case, floor, floor, timings.get(OURS)))
+    for row in rows[1:]:
+        if row.provider in timings:
+            _timed(row, case, timings[row.provider], floor, timings.get(OURS))
+    if options.memory:
+        _memory(rows, steps, case, notify)
+    return rows
+
+
+def run(cases: Iterable[Case], options: Options, notify: Notify = lambda text: None) -> list[Row]:
+    """Every case; one that breaks leaves a row that says so, and the run goes on."""
+    rows = []
+    for case in cases:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rows += run_case(case, options, notify)
+        except Exception as error:  # out of memory, a missing driver: the other cases still count
+            row = _row(case, "all")
+            row.status, row.reason = "failed", _brief(error)
+            rows.append(row)
+        gc.collect()
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _row(case: Case, provider: str) -> Row:
+    shape = case.shape
+    return Row(case.op, shape.name, *shape[1:], case.dtype, case.zero_rows, case.device, provider)
+
+
+def _naive_error(case: Case, x: Inputs, truth: dict) -> dict[str, float]:
+    try:
+        return errors(build(PROVIDERS[NAIVE], case, x)(), truth)
+    except (RuntimeError, MemoryError):  # the naive expression does not fit: the hard limits still hold
+        return dict.fromkeys(truth, float("inf"))
+
+
+def _checked(
+    provider: Provider, case: Case, x: Inputs, truth: dict, naive: dict[str, float], row: Row, warmup: int
+) -> Step | None:
+    """The provider's call, warmed up, if its results are right; otherwise None and the reason in the row."""
+    try:
+        step = build(provider, case, x)
+        row.error = errors(step(), truth)
+        reason = wrong(case, row.error)
+        if reason:
+            row.status, row.reason = "wrong", reason
+            return None
+        if not within_budget(case, row.error, naive):
+            row.status, row.reason = "loose", "less exact than the naive expression"
+        for _ in range(warmup - 1):
+            step()
+        synchronize(case.device)
+        return step
+    except Unavailable as error:
+        row.status, row.reason = "skipped", str(error)
+    except Exception as error:  # a peer may fail in any way; its row says how
+        row.status, row.reason = "failed", _brief(error)
+    return None
+
+
+def _timed(row: Row, case: Case, timing: Timing, floor: Timing, ours: Timing | None) -> Row:
+    row.ms, row.ms_best = timing.median * 1e3, timing.best * 1e3
+    row.ms_rounds = [seconds * 1e3 for seconds in timing.rounds]
+    row.x_limit = timing.median / floor.median
+    row.ratio = timing.median / ours.median if ours else None
+    if OPS[case.op].products:
+        row.rate, row.rate_unit = flops(case) / timing.median / 1e12, "TFLOP/s"
+    else:
+        row.rate, row.rate_unit = traffic(case, DTYPES[case.dtype].itemsize) / timing.median / 1e9, "GB/s"
+    return row
+
+
+def _memory(rows: list[Row], steps: dict[str, Step], case: Case, notify: Notify) -> None:
+    for row in rows:
+        if row.provider not in steps:
+            continue
+        notify(f"{case.label}: {row.provider}, memory")
+        try:
+            if case.device == "cuda":
+                row.extra_mb = cuda_extra_bytes(steps[row.provider]) / 1e6
+            else:
+                extra = in_fresh_process(row.provider, case)
+                row.extra_mb, row.extra_mb_cold = extra.steady / 1e6, extra.cold / 1e6
+        except (Unmeasured, RuntimeError) as error:
+            row.reason = row.reason or f"memory: {_brief(error)}"
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
