@@ -430,6 +430,14 @@ def row_stats(
         )
 
 
+def dlogits_split(logits, out) -> tuple[int, int]:
+    """`split_row` for the gradient. Narrowing in place keeps a row in one program, which reads before it writes."""
+    shared = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    narrow = shared and out.element_size() < logits.element_size()
+    v = out.shape[1]
+    return split_row(v, v if narrow else DLOGITS_SEGMENT, DLOGITS_BLOCK)
+
+
 def row_dlogits(
     logits,  # (n, V)
     out,  # (K, V) fp32, bf16 or fp16: its own storage, or logits' rows from their first byte on
@@ -451,9 +459,7 @@ def row_dlogits(
     if k == 0:
         return
     pre, post = _folded(scale, softcap, inv_temperature)
-    shared = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
-    narrow = shared and out.element_size() < logits.element_size()
-    segments, segment = split_row(v, v if narrow else DLOGITS_SEGMENT, DLOGITS_BLOCK)
+    segments, segment = dlogits_split(logits, out)
     row_dlogits_kernel[(k * segments,)](
         logits,
         out,

@@ -240,6 +240,50 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+class _NoDevice:
+    """A driver that names a target and has no device: enough for the JIT to bind arguments and compile."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def dry_launches() -> list[str]:
+    """Call every launcher on CPU tensors and compile what it would have launched; the kernels' names, in order."""
+    import torch
+
+    triton.runtime.driver.set_active(_NoDevice())
+    run, names = triton.JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    triton.JITFunction.run = compile_only
+    try:
+        n, v = 4, 40000
+        z, target, order = torch.zeros(n, v), torch.zeros(n, dtype=torch.long), torch.arange(n)
+        f, bias, x = torch.zeros(n), torch.zeros(v), torch.zeros(3000)
+        plain = {"scale": 1.0, "softcap": None, "inv_temperature": 1.0}
+        stats = {"row_max": f, "log_sum": f}
+        row_pass.row_stats(z, target, None, **plain, **stats, logprob=f, entropy=f)
+        row_pass.row_stats(z, None, bias, **plain | {"softcap": 30.0}, **stats, logprob=None, entropy=None)
+        narrow = z.view(torch.bfloat16)[:, :v]
+        row_pass.row_dlogits(z, narrow, order, target, None, **plain, **stats, d_target=f, a=f, b=f)
+        row_pass.row_dlogits(z, z, None, None, bias, **plain, **stats, d_target=f, a=f, b=None)
+        policy.policy_clip_fwd(x, None, x, x, clip_low=0.2, clip_high=0.2)
+        terms = {"delta": 2.0, "dual_clip": 3.0, "beta": 0.1, "kl_correction": True, "entropy_coef": 0.1}
+        policy.policy_clip_fwd(*[x] * 8, clip_low=0.2, clip_high=0.2, **terms)
+    finally:
+        triton.JITFunction.run = run
+    return names
+
+
 HOT = ("row_stats fp32 V=151936 H", "row_dlogits fp32->bf16 in place H order", "policy_clip everything k3")
 
 
@@ -251,6 +295,9 @@ def plan(arguments: list[str]) -> list[tuple[Config, int]]:
 
 
 def main(arguments: list[str]) -> None:
+    if "--dry-launches" in arguments:
+        print(json.dumps(dry_launches()))
+        return
     reports = [compile_config(config, sm) for config, sm in plan(arguments)]
     print(json.dumps([r._asdict() for r in reports]) if "--json" in arguments else table(reports))
 

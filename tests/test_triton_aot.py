@@ -20,15 +20,18 @@ REGISTERS_PER_SM = 65536
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
+def aot(*arguments: str):
+    """What `aot.py` prints. In a process of its own: this one may have switched Triton to its interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, str(AOT), *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[tuple[str, int], dict]:
-    """By (name, sm). In a process of its own: this one may have switched Triton to its interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, str(AOT), "--json", "--quick"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {(r["name"], r["sm"]): r for r in json.loads(done.stdout)}
+    """By (name, sm)."""
+    return {(r["name"], r["sm"]): r for r in aot("--json", "--quick")}
 
 
 @needs_triton
@@ -89,3 +92,10 @@ def test_the_reader_of_machine_code_sees_what_is_there():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert int(done.stdout) > 0
+
+
+@needs_triton
+def test_launchers_pass_through_the_compiler():
+    """The interpreter binds arguments its own way; here the JIT's binder and heuristics see what launchers pass."""
+    stats, split = ["row_stats_kernel", "row_combine_kernel"], ["policy_clip_kernel", "policy_sums_kernel"]
+    assert aot("--dry-launches") == [*stats, *stats, *["row_dlogits_kernel"] * 2, *split, *split]
