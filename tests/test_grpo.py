@@ -13,6 +13,7 @@ from rlhf_fast.trainers import grpo  # noqa: E402
 from rlhf_fast.trainers.config import make_config  # noqa: E402
 from rlhf_fast.trainers.data import Prompt  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlhf_fast.trainers.policy import Reference, updating_mode  # noqa: E402
 from rlhf_fast.trainers.rewards import RewardError  # noqa: E402
 from rlhf_fast.trainers.rollout import Rollout  # noqa: E402
 
@@ -169,8 +170,8 @@ def test_loss_and_every_gradient_equal_plain_torch(tmp_path, case, micro):
     plain, reference = tiny(attention_dropout=0.3).double().eval(), None
     if it.config.beta:
         reference = tiny(seed=9).double().eval()
-        it.reference.load_state_dict(reference.state_dict())
-    grpo._training_mode(it.model, True)
+        it.reference.model.load_state_dict(reference.state_dict())
+    updating_mode(it.model, True)
     it.minibatches_per_rollout = 1
     experience = experience_of(it)
     (minibatch,) = it.minibatches(experience)
@@ -232,7 +233,7 @@ def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, monkeypatc
         monkeypatch.setattr(grpo, "PROPORTIONAL", proportional)
         it = trainer(tmp_path, tiny().double(), by_group, epsilon=0.2)
         it.minibatches_per_rollout = 1
-        grpo._training_mode(it.model, True)
+        updating_mode(it.model, True)
         (minibatch,) = it.minibatches(experience_of(it))
         rows = sum(len(m.input_ids) for m in minibatch.micros)
         loss = sum(it.fused_loss(m, minibatch, on_policy=False).loss for m in minibatch.micros)
@@ -281,7 +282,7 @@ def test_step_zero_with_lora(tmp_path):
     lora = peft.LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny(), lora)
     it = trainer(tmp_path, model, beta=0.1, max_steps=6, learning_rate=1e-2)
-    assert isinstance(it.reference, grpo._AdapterOff)
+    assert it.reference.adapters_off
     frozen = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
     it.train()
     rows = log_rows(tmp_path)
@@ -297,10 +298,10 @@ def test_a_trained_adapter_gets_a_frozen_copy_as_reference():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(0.1)
-    assert not isinstance(grpo._reference(model), grpo._AdapterOff)
+    assert not Reference(model).adapters_off
     model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.base_model.model.model.norm.weight.requires_grad_(True)
-    assert not isinstance(grpo._reference(model), grpo._AdapterOff)
+    assert not Reference(model).adapters_off
 
 
 def test_a_batch_of_zero_advantages_makes_no_step(tmp_path):
@@ -338,6 +339,27 @@ def test_micro_batches_and_checkpointing_change_only_rounding(tmp_path):
             torch.testing.assert_close(value, want[name], rtol=1e-4, atol=2e-5, msg=lambda m, o=options: f"{o}: {m}")
 
 
+def test_checkpointing_recomputes_layers(tmp_path, monkeypatch):
+    calls = {}
+    for on in (False, True):
+        it = trainer(tmp_path, gradient_checkpointing=on)
+        updating_mode(it.model, True)
+        it.minibatches_per_rollout = 1
+        (minibatch,) = it.minibatches(experience_of(it))
+        it._policy_logprob(minibatch.micros[0])  # the head is probed once
+        mlp, calls[on] = it.model.model.layers[0].mlp, 0
+        forward = mlp.forward
+
+        def counted(x, forward=forward, on=on):
+            calls[on] += 1
+            return forward(x)
+
+        monkeypatch.setattr(mlp, "forward", counted)
+        it.fused_loss(minibatch.micros[0], minibatch, on_policy=False).loss.backward()
+        assert not it.model.model.layers[0].self_attn.training  # dropout stays off
+    assert calls == {False: 1, True: 2}
+
+
 def test_same_seed_same_run_bit_for_bit(tmp_path):
     a, b = (
         weights_after(tmp_path, num_iterations=2, max_steps=6),
@@ -357,7 +379,7 @@ def test_old_logprobs_recomputed_agree_with_the_samplers(tmp_path):
 
 def test_recompute_replaces_what_the_sampler_said(tmp_path):
     it = trainer(tmp_path, old_logprobs="recompute")
-    grpo._training_mode(it.model, True)
+    updating_mode(it.model, True)
     experience = experience_of(it)
     experience = experience._replace(logprob=experience.logprob.float() * 0 + 7)
     for minibatch in it.minibatches(experience):

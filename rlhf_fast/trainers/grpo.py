@@ -17,11 +17,9 @@ Departures from the textbook, each exact:
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBa
 from rlhf_fast.trainers.grpo_config import GRPOConfig
 from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
 from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
 from rlhf_fast.trainers.readers import Rows, read_rows
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, make_sampler
@@ -94,9 +93,9 @@ class GRPOTrainer:
         self.prompts = as_prompts(train_dataset, self.tokenizer, config, vocabulary_size(model))
         self.eval_prompts = eval_dataset and as_prompts(eval_dataset, self.tokenizer, config, vocabulary_size(model))
         self.loss = config.policy_loss()
-        self.reference = _reference(model) if config.beta else None
+        self.reference = Reference(model) if config.beta else None
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         self.loop = Loop(fuse_lm_head(model), self.tokenizer, config, callbacks, config.max_skipped_steps)
         self.model, self.accelerator = self.loop.model, self.loop.accelerator
         if self.reference is not None:
@@ -111,7 +110,7 @@ class GRPOTrainer:
     def train(self) -> dict[str, Any]:
         """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds."""
         config, loop = self.config, self.loop
-        _training_mode(self.model, config.disable_dropout)
+        updating_mode(self.model, config.disable_dropout)
         loop.start(self.max_steps, config.num_train_epochs)
         if config.eval_on_start and self.eval_prompts:
             loop.log.log(0, self.evaluate())
@@ -272,10 +271,7 @@ class GRPOTrainer:
 
     @torch.no_grad()
     def _reference_logprob(self, micro: MicroBatch) -> Tensor:
-        model, adapters_off = self.reference, nullcontext()
-        if isinstance(model, _AdapterOff):
-            model, adapters_off = self.loop.unwrapped, self.loop.unwrapped.disable_adapter()
-        with adapters_off, self.accelerator.autocast():
+        with self.reference.active() as model, self.accelerator.autocast():
             return model(micro.input_ids, target_ids=micro.target_ids, temperature=self.config.temperature).logprob
 
     # ---- update
@@ -353,30 +349,6 @@ def as_prompts(rows: Any, tokenizer: Any, config: GRPOConfig, vocabulary: int) -
         prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
     check_prompt_vocabulary(prompts, vocabulary)
     return prompts
-
-
-class _AdapterOff(nn.Module):
-    """Stands for a reference that is the policy with its adapters off."""
-
-
-def _reference(model: nn.Module) -> nn.Module:
-    """The initial policy: adapters off where nothing but adapters trains, else a frozen copy."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if hasattr(model, "disable_adapter") and all("lora_" in name for name in trained):
-        fresh = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
-        if fresh:  # an adapter that has been trained before is part of the initial policy
-            return _AdapterOff()
-    return fuse_lm_head(copy.deepcopy(model)).requires_grad_(False).eval()
-
-
-def _training_mode(model: nn.Module, disable_dropout: bool) -> None:
-    """train(), or eval() with gradient checkpointing still on, which transformers ties to training mode."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.train(not disable_dropout)
-    for module in model.modules():
-        if disable_dropout and isinstance(module, GradientCheckpointingLayer):
-            module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def _add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 A sampler is called with token-id prompts and a group size and returns a `Rollout`: flat ids and log-probabilities
 with `cu_seqlens`, prompt-major (the G completions of prompt 0 first). `GroupSampler` prefills each prompt once for
-its whole group and runs its own decode loop; `GenerateSampler` leaves decoding to `model.generate`.
+its whole group and runs its own decode loop; `rollout_generate.GenerateSampler` leaves that to `model.generate`.
 
 Departures from the textbook loop:
 - finished rows leave the batch once they are the majority (`compact_below`), so a straggler decodes alone;
@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -105,7 +105,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _at_once(batch_size: int | None, prompts: int, group_size: int) -> int:
+def prompts_at_once(batch_size: int | None, prompts: int, group_size: int) -> int:
     """Prompts whose groups fit in a batch; at least one."""
     if prompts == 0:
         raise ValueError("prompts must hold at least one prompt, got none")
@@ -164,7 +164,7 @@ def _expand(cache: DynamicCache, repeats: int, room: int) -> None:
             layer.batch_repeat_interleave(repeats)
 
 
-def _flat(ids: Tensor, logprob: Tensor, lengths: Tensor, stopped: Tensor, settings: SamplerSettings) -> Rollout:
+def flat_rollout(ids: Tensor, logprob: Tensor, lengths: Tensor, stopped: Tensor, settings: SamplerSettings) -> Rollout:
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
     cu_seqlens[1:] = lengths.cumsum(0)
@@ -210,10 +210,10 @@ class GroupSampler:
         self.generator.set_state(state["generator"])
 
     def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout:
-        at_once = _at_once(self.batch_size, len(prompts), group_size)
+        at_once = prompts_at_once(self.batch_size, len(prompts), group_size)
         with evaluating(self.model), torch.no_grad():
             parts = [self._sample(prompts[i : i + at_once], group_size) for i in range(0, len(prompts), at_once)]
-        return _flat(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
+        return flat_rollout(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], group_size: int):
         """The group's cache, its next-token logits (B, V), the padding mask (or None) and prompt lengths (B,)."""
@@ -310,84 +310,10 @@ def restrict(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     return logprobs
 
 
-class _Recorder(LogitsProcessor):
-    """Divides by the temperature and keeps the log-probability of each token once `generate` has chosen it."""
-
-    def __init__(self, settings: SamplerSettings):
-        self.settings, self.last, self.columns = settings, None, []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.take(input_ids)
-        self.last = torch.log_softmax(scores.float() / self.settings.temperature, dim=-1)
-        if self.settings.restricted:
-            return restrict(self.last, self.settings.top_k, self.settings.top_p)
-        return self.last
-
-    def take(self, input_ids: Tensor) -> None:
-        if self.last is not None:
-            self.columns.append(self.last.gather(1, input_ids[:, -1:]))
-
-
-class GenerateSampler:
-    """The same protocol over `model.generate` with left padding: for models whose decoding is their own."""
-
-    def __init__(self, model: nn.Module, settings: SamplerSettings, *, seed: int = 0, batch_size: int | None = None):
-        self.model, self.settings, self.batch_size = model, settings, batch_size
-        self.device = next(model.parameters()).device
-        generator = torch.Generator(self.device).manual_seed(seed)
-        self._state = generator.get_state()
-
-    def state_dict(self) -> dict:
-        return {"generator": self._state}
-
-    def load_state_dict(self, state: dict) -> None:
-        self._state = state["generator"]
-
-    def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout:
-        at_once = _at_once(self.batch_size, len(prompts), group_size)
-        on_cpu = self.device.type == "cpu"
-        rng = torch if on_cpu else torch.get_device_module(self.device)
-        devices = {"devices": []} if on_cpu else {"devices": [self.device], "device_type": self.device.type}
-        with torch.random.fork_rng(**devices), evaluating(self.model), torch.no_grad():
-            rng.set_rng_state(self._state)  # generate draws from the global generator only
-            parts = [self._sample(prompts[i : i + at_once], group_size) for i in range(0, len(prompts), at_once)]
-            self._state = rng.get_rng_state()
-        return _flat(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
-
-    def _sample(self, prompts: Sequence[Sequence[int]], group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        settings, steps = self.settings, self.settings.max_new_tokens
-        prompt_ids, prompt_lengths = pad_left(prompts, settings.pad_token_id, self.device)
-        prompt_ids, prompt_lengths = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_lengths))
-        width = prompt_ids.shape[1]
-        mask = torch.arange(width, device=self.device) >= width - prompt_lengths[:, None]
-        recorder = _Recorder(settings)
-        out = self.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=mask.long(),
-            logits_processor=LogitsProcessorList([recorder]),
-            do_sample=not settings.greedy,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            max_new_tokens=steps,
-            eos_token_id=list(settings.eos_token_ids),
-            pad_token_id=settings.pad_token_id,
-        )
-        recorder.take(out)
-        got = out[:, width:]
-        is_eos = torch.isin(got, torch.tensor(settings.eos_token_ids, device=self.device))
-        stopped = is_eos.any(1)
-        lengths = torch.where(stopped, is_eos.int().argmax(1) + 1, got.shape[1])
-        ids = torch.full((len(got), steps), settings.pad_token_id, device=self.device)
-        logprob = torch.zeros(len(got), steps, device=self.device)
-        ids[:, : got.shape[1]], logprob[:, : got.shape[1]] = got, torch.cat(recorder.columns, dim=1)
-        return ids, logprob, lengths, stopped
-
-
 def make_sampler(kind: str, model: nn.Module, settings: SamplerSettings, **kwargs) -> Sampler:
     """The sampler named in a config: "group" (default) or "generate"."""
+    from rlhf_fast.trainers.rollout_generate import GenerateSampler
+
     samplers = {"group": GroupSampler, "generate": GenerateSampler}
     if kind not in samplers:
         raise ValueError(f"sampler must be one of {sorted(samplers)}, got {kind!r}")
