@@ -133,6 +133,20 @@ def test_triton_agrees_with_torch(n, full, device):
         torch.testing.assert_close(results[1].dentropy, results[0].dentropy, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("n", [64, 65, 200])
+def test_blocks_of_the_cpu_change_nothing(n, monkeypatch):
+    t = op_inputs(n, dtype=torch.float64)
+    t = {k: v.double() for k, v in t.items()}
+    t["weight"][64:128] = 0  # a block without a valid row
+    t["logprob"][64:128] = float("nan")
+    whole = call(t, ALL_TERMS)
+    monkeypatch.setattr("rlhf_fast.ops.policy.CPU_BLOCK", 64)
+    blocks = call(t, ALL_TERMS)
+    torch.testing.assert_close(blocks.sums, whole.sums, rtol=1e-12, atol=1e-13)
+    assert torch.equal(blocks.dlogprob, whole.dlogprob)
+    assert torch.equal(blocks.dentropy, whole.dentropy)
+
+
 def test_bitwise_repeatable():
     batch = pack(make_batch(dtype=torch.float32, per_token=True))
     for kind in KINDS:

@@ -35,6 +35,9 @@ SUMS = (
 )
 
 
+CPU_BLOCK = 1 << 16  # rows; a vector of them is 256 KiB
+
+
 class ClipTerms(NamedTuple):
     """The numbers of the clip family. None: that term does not exist."""
 
@@ -106,7 +109,7 @@ def policy_clip(logprob, *args):
         entropy_coef,
     ) = args
     terms = ClipTerms(clip_low, clip_high, delta, dual_clip, beta, kl_estimator, kl_gradient, correct, entropy_coef)
-    forward = _torch_clip
+    forward = _blocked_torch_clip if logprob.device.type == "cpu" else _torch_clip
     if _backend.backend(logprob.device, "policy_loss") == "triton" and logprob.dtype != torch.float64:
         forward = _triton_clip
     sums, dlogprob, dentropy = forward(logprob, *tensors, terms)
@@ -194,6 +197,28 @@ def _triton_clip(
         *(None if t is None else t.contiguous() for t in (policy_weight, ref_logprob, entropy, entropy_weight)),
         **terms._asdict(),
     )
+
+
+def _blocked_torch_clip(
+    logprob, old_logprob, advantages, weight, policy_weight, ref_logprob, entropy, entropy_weight, terms: ClipTerms
+):
+    """`_torch_clip` by blocks whose temporaries stay in a CPU's cache."""
+    tensors = (logprob, old_logprob, advantages, weight, policy_weight, ref_logprob, entropy, entropy_weight)
+    n = logprob.numel()
+    if n <= CPU_BLOCK:
+        return _torch_clip(*tensors, terms)
+    parts = [
+        _torch_clip(*(None if t is None else t[i : i + CPU_BLOCK] for t in tensors), terms)
+        for i in range(0, n, CPU_BLOCK)
+    ]
+    each = torch.stack([sums for sums, _, _ in parts])
+    sums = each.sum(0)
+    some = each[:, SUMS.index("count")] > 0  # a block without a valid row has no extremes
+    for name, fill, pick in (("ratio_max", -torch.inf, torch.amax), ("ratio_min", torch.inf, torch.amin)):
+        i = SUMS.index(name)
+        sums[i] = torch.where(some.any(), pick(torch.where(some, each[:, i], fill), 0), 1.0)
+    dentropy = None if parts[0][2] is None else torch.cat([d for _, _, d in parts])
+    return sums, torch.cat([d for _, d, _ in parts]), dentropy
 
 
 def _torch_clip(
