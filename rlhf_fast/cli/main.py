@@ -65,9 +65,9 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Say what this machine can run, and what is missing."""
-    _call("doctor", "doctor")
+    _call("doctor", "doctor", as_json=as_json)
 
 
 def _optional(name: str, summary: str) -> None:
