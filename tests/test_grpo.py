@@ -445,7 +445,7 @@ def test_nan_rewards_are_counted_and_the_rest_of_the_group_learns(tmp_path):
     it = trainer(tmp_path, reward=lambda completion_ids, **_: [math.nan, None, *digits_sum(completion_ids)[2:]])
     it.train()
     rows = log_rows(tmp_path)
-    assert rows[0]["dropped_rewards"] == 2
+    assert rows[0]["dropped_rows"] == 2
     assert rows[0]["grad_norm"] > 0
     assert all(math.isfinite(v) for r in rows for v in r.values())
 
@@ -457,7 +457,7 @@ def test_files_model_and_checkpoints(tmp_path):
     assert {"trainer_log.jsonl", "training_metrics.csv", "training_curves.png", "summary.json"} <= names
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["steps"] == 4
-    assert set(summary["seconds_by_part"]) == {"rollout", "score", "update"}
+    assert set(summary["seconds_by_part"]) == {"rollout", "scoring", "update"}
     assert sorted(n for n in names if n.startswith("checkpoint")) == ["checkpoint-3", "checkpoint-4"]
     ids = torch.randint(3, 15, (2, 9))
     for folder in (tmp_path, tmp_path / "checkpoint-4"):

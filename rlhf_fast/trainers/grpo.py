@@ -119,7 +119,7 @@ class GRPOTrainer:
             prompts = self._next_prompts()
             with loop.timed("rollout"):
                 rollout = self.sampler([p.ids for p in prompts], config.num_generations)
-            with loop.timed("score"):
+            with loop.timed("scoring"):
                 experience, metrics = self.score(prompts, rollout)
             with loop.timed("update"):
                 minibatches = self.minibatches(experience)
@@ -217,7 +217,7 @@ class GRPOTrainer:
             "reward": kept.mean() if len(kept) else math.nan,
             "reward_std": kept.std(correction=0) if len(kept) else math.nan,
             "zero_std_groups": advantages.zero_std.float().mean(),
-            "dropped_rewards": (~rewards.isfinite()).sum(),
+            "dropped_rows": (~rewards.isfinite()).sum(),
             "completion_length": lengths.mean(),
             "completion_length_min": lengths.min(),
             "completion_length_max": lengths.max(),

@@ -37,6 +37,7 @@ from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+REDRAW_SECONDS = 60.0  # curves of a run in progress
 
 
 class Loop:
@@ -117,7 +118,7 @@ class Loop:
         hidden = config.disable_tqdm or not self.main
         self.bar = tqdm(total=max_steps, desc=config.run_name or config.stage, unit="step", disable=hidden)
         self._reset_metrics()
-        self._began = self._tokens_at = time.perf_counter()
+        self._began = self._tokens_at = self._drawn = time.perf_counter()
         self._tokens_logged = 0
         self.control = self.callbacks.on_init_end(self.arguments, self.state, self.control)
         self.control = self.callbacks.on_train_begin(self.arguments, self.state, self.control)
@@ -238,6 +239,9 @@ class Loop:
         self.state.log_history.append({"step": self.state.global_step, **row})
         self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)
         self._reset_metrics()
+        if self.config.plot_loss and time.perf_counter() - self._drawn > REDRAW_SECONDS:
+            self.log.curves()
+            self._drawn = time.perf_counter()
 
     # ---- files
 
