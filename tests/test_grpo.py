@@ -208,6 +208,18 @@ def test_micro_batches_are_what_was_asked_for(tmp_path):
     assert [len(m.input_ids) for m in it.minibatches(experience_of(it))[0].micros] == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("mask", [True, False])
+def test_cut_completions_are_masked_when_asked(tmp_path, mask):
+    it = trainer(tmp_path, mask_truncated_completions=mask)
+    experience = experience_of(it)
+    cut = experience.completion_lengths == 5
+    assert 0 < cut.sum() < len(cut)
+    assert torch.equal(experience.scored, ~cut if mask else torch.ones_like(cut))
+    trained = sum((m.target_ids != -100).sum() for b in it.minibatches(experience) for m in b.micros)
+    live = (experience.advantages != 0) & experience.scored
+    assert trained == experience.completion_lengths[live].sum()
+
+
 def test_advantages_are_the_groups(tmp_path):
     it = trainer(tmp_path)
     experience = experience_of(it)
@@ -222,7 +234,8 @@ def test_advantages_are_the_groups(tmp_path):
     torch.testing.assert_close(experience.advantages.view(4, 4), want, rtol=1e-5, atol=1e-6)
 
 
-def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, monkeypatch, loss_type):
     """Half of the groups have equal rewards: fewer rows, the same loss and gradients."""
 
     def by_group(completion_ids, **_):
@@ -231,7 +244,7 @@ def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, monkeypatc
     results = []
     for proportional in (grpo.PROPORTIONAL, frozenset()):
         monkeypatch.setattr(grpo, "PROPORTIONAL", proportional)
-        it = trainer(tmp_path, tiny().double(), by_group, epsilon=0.2)
+        it = trainer(tmp_path, tiny().double(), by_group, epsilon=0.2, loss_type=loss_type)
         it.minibatches_per_rollout = 1
         updating_mode(it.model, True)
         (minibatch,) = it.minibatches(experience_of(it))
