@@ -104,13 +104,20 @@ def test_gae_against_reference(backend, lengths, seed, gamma, lam, mode, with_ma
     assert_budget(to_go, exact, reference.discounted_returns(r, **options, **ends))
 
 
-def test_reference_discounted_returns_by_hand():
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_discounted_returns_by_hand(backend):
+    def returns(*args, **options):
+        if backend == "reference":
+            return reference.discounted_returns(*args, **options)
+        with use_backend(backend):
+            return discounted_returns(*args, **options)
+
     r = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     mask = torch.tensor([True, False, True, True, False])
     boot = torch.tensor([32.0])
-    carry = reference.discounted_returns(r, gamma=0.5, mask=mask, bootstrap=boot)
+    carry = returns(r, gamma=0.5, mask=mask, bootstrap=boot)
     assert carry.tolist() == [1 + 0.5 * (4 + 0.5 * (8 + 16)), 0, 4 + 0.5 * (8 + 16), 24, 0]
-    zero = reference.discounted_returns(r, gamma=0.5, mask=mask, bootstrap=boot, mask_mode="zero")
+    zero = returns(r, gamma=0.5, mask=mask, bootstrap=boot, mask_mode="zero")
     assert zero.tolist() == [1 + 0.25 * (4 + 0.5 * (8 + 16)), 0, 4 + 0.5 * (8 + 16), 24, 0]
 
 
