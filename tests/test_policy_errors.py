@@ -114,8 +114,16 @@ def test_options_resolve_by_kind():
     assert PolicyLoss("sapo", params={"temperature_neg": 2.0}) == PolicyLoss("sapo", temperature_neg=2.0)
     assert PolicyLoss("dapo", clip_high=None) == PolicyLoss("dapo")
     assert pickle.loads(pickle.dumps(PolicyLoss("grpo", beta=0.1))) == PolicyLoss("grpo", beta=0.1)
+    copy = copy_of(PolicyLoss("gspo", beta=0.1, normalizer=3.0))
+    assert copy == PolicyLoss("gspo", beta=0.1, normalizer=3.0)
+    one = PolicyLoss("ppo")
+    assert copy_of(one)._ready_key != one._ready_key  # a compiled graph must not take one for the other
     with pytest.raises(AttributeError):
         PolicyLoss("ppo").beta = 1.0
+
+
+def copy_of(loss_fn: PolicyLoss) -> PolicyLoss:
+    return pickle.loads(pickle.dumps(loss_fn))
 
 
 def test_a_loss_of_ones_own():

@@ -1,4 +1,4 @@
-"""`PolicyLoss`, the ready-made policy loss for `fused_linear_loss`, and `policy_loss`, the same as one call.
+"""`PolicyLoss`, the ready-made policy loss for `fused_linear_loss`.
 
 A loss is composed once, from a registered function of the token (`losses.variants`) and terms that all kinds share:
 
@@ -19,16 +19,14 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.losses import variants as _variants  # noqa: F401  (registers the kinds)
+from rlhf_fast.losses.options import DEFAULTS, check_options, own_high
 from rlhf_fast.losses.prepare import prepare_batch
-from rlhf_fast.losses.registry import PolicyTerms, Variant, unknown, variant
+from rlhf_fast.losses.registry import PolicyTerms, unknown, variant
 from rlhf_fast.losses.segments import Segments
-from rlhf_fast.losses.weights import AGGREGATIONS, CORRECTIONS
 from rlhf_fast.ops.fused import register_ready
-from rlhf_fast.ops.kl import MAX_LOG_RATIO, check_estimator, keep, kl_terms
+from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep, kl_terms
 from rlhf_fast.ops.policy import SUMS, ClipTerms, clip_loss, ratio_range
 from rlhf_fast.types import LossGrad, Metrics
-
-IMPORTANCE_LEVELS = ("token", "sequence", "sequence_token")
 
 
 @dataclass(frozen=True, init=False)
@@ -85,25 +83,29 @@ class PolicyLoss:
     def __init__(self, kind: str = "grpo", **options: Any) -> None:
         found = variant(kind)
         params = {**found.params, **(options.pop("params", None) or {})}
-        values: dict[str, Any] = {**_DEFAULTS, **found.defaults}
+        values: dict[str, Any] = {**DEFAULTS, **found.defaults}
         for name, value in options.items():
             if name in found.params:
                 params[name] = value
-            elif name not in _DEFAULTS:
-                raise ValueError(unknown(f"option of policy loss {kind!r}:", name, [*_DEFAULTS, *found.params]))
-            elif value is not None or _DEFAULTS[name] is None:
+            elif name not in DEFAULTS:
+                raise ValueError(unknown(f"option of policy loss {kind!r}:", name, [*DEFAULTS, *found.params]))
+            elif value is not None or DEFAULTS[name] is None:
                 values[name] = value if value is not None else values[name]
         for name in params:
             if name not in found.params:
                 raise ValueError(unknown(f"parameter of policy loss {kind!r}:", name, found.params))
-        if values["clip_high"] is None or (options.get("clip_low") is not None and not _own_high(found, options)):
+        if values["clip_high"] is None or (options.get("clip_low") is not None and not own_high(found, options)):
             values["clip_high"] = values["clip_low"]
         values.update(kind=kind, params=params)
         for field in fields(self):
             object.__setattr__(self, field.name, values[field.name])
-        _check_options(self)
+        check_options(self)
         if self._fused:  # the rest find their gradient by autograd, which an op cannot run
             register_ready(self)
+
+    def __reduce__(self):
+        # Built anew: what the constructor registers for compiled graphs belongs to one object of one process.
+        return _rebuild, ({field.name: getattr(self, field.name) for field in fields(self)},)
 
     # ---- the loss_fn protocol ----
 
@@ -279,147 +281,11 @@ class PolicyLoss:
         return metrics
 
 
-_DEFAULTS: dict[str, Any] = {
-    "clip_low": 0.2,
-    "clip_high": None,
-    "delta": None,
-    "dual_clip": None,
-    "beta": 0.0,
-    "kl_estimator": "k3",
-    "kl_gradient": None,
-    "kl_correction": False,
-    "entropy_coef": 0.0,
-    "aggregation": None,
-    "importance_level": "token",
-    "max_length": None,
-    "normalizer": None,
-    "entropy_normalizer": None,
-    "top_entropy": None,
-    "off_policy_threshold": None,
-    "correction": None,
-    "correction_min": None,
-    "correction_max": 3.0,
-}
-
-
-def policy_loss(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    advantages: Tensor,
-    *,
-    kind: str | PolicyLoss = "ppo",
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    ref_logprob: Tensor | None = None,
-    entropy: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Metrics]:
-    """Policy-gradient loss of a batch and its metrics.
-
-        r = exp(logprob - old_logprob)
-        ppo: L = -mean_mask min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta KL - entropy_coef mean_mask H
-
-    Equivalent to `reference.policy_loss`; for the clip family forward and gradient are one pass.
-
-    Args:
-        logprob: (N,) or (B, T) float. Differentiable.
-        old_logprob: the same shape, constant. None: on-policy, the ratio is exactly 1 and the gradient flows.
-        advantages: (N,), (B, T), or one per sequence, (S,), (B,) or (B, 1). Constant.
-        kind: a registered name, or a `PolicyLoss` (then without options).
-        mask: bool, shape of logprob. True = counts. What stands under False matters to nothing.
-        cu_seqlens: (S+1,) int, for (N,) input: needed by all that knows sequences.
-        ref_logprob: needed when beta != 0. Constant.
-        entropy: needed by entropy_coef (then differentiable) and top_entropy; otherwise a metric.
-        rollout_logprob: the sampler's log-probabilities, for `correction` and `off_policy_threshold`. NaN: unknown,
-            taken as equal to old_logprob.
-        options: those of `PolicyLoss`, and the kind's own parameters.
-    Returns: (loss (), metrics), fp32 (fp64 for fp64 input), on the input's device. Metrics are means over tokens
-        (sequence-level ratios too, where TRL averages over sequences), constants, never moved to the host.
-    Raises: ValueError naming the tensor or option, what was expected and what came.
-    Source: see `losses.variants` for each kind's paper and where TRL 1.16 and verl differ.
-    Notes: log-ratios are clamped to +-20 before exp. All-masked input: loss 0, zero gradients, finite metrics.
-    Example:
-        >>> logprob = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
-        >>> loss, metrics = policy_loss(logprob, None, torch.tensor([1.0]), kind="grpo")
-        >>> loss.backward()
-    """
-    if isinstance(kind, PolicyLoss) and options:
-        raise ValueError(f"options must be in the PolicyLoss given as kind, got {', '.join(options)} beside it")
-    loss_fn = kind if isinstance(kind, PolicyLoss) else PolicyLoss(kind, **options)
-    _checks.check_float("logprob", logprob)
-    if logprob.dim() not in (1, 2):
-        raise ValueError(f"logprob must be (N,) or (B, T), got {_checks.shape_str(logprob.shape)}")
-    padded = logprob.dim() == 2
-    if padded and cu_seqlens is not None:
-        raise ValueError("cu_seqlens goes with (N,) input; for (B, T) give a mask")
-    batch: dict[str, Any] = {"old_logprob": old_logprob, "ref_logprob": ref_logprob}
-    batch.update(rollout_logprob=rollout_logprob, logprob=logprob.detach())
-    if entropy is not None and loss_fn.top_entropy is not None:
-        batch["old_entropy"] = entropy.detach()
-    for name, tensor in {**batch, "entropy": entropy, "mask": mask}.items():
-        if tensor is not None:
-            _checks.check_shape(name, tensor, logprob.shape, "(B, T)" if padded else "(N,)")
-    batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
-    if padded:
-        rows, columns = logprob.shape
-        cu_seqlens = torch.arange(rows + 1, device=logprob.device) * columns
-    batch = {name: _flat(t) for name, t in batch.items()}
-    batch = loss_fn.prepare(batch, _flat(mask), cu_seqlens)
-    return loss_fn(_flat(logprob), _flat(entropy), batch)
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1)
-
-
-def _flat_advantages(advantages: Tensor, logprob: Tensor) -> Tensor:
-    """(B, T), (B,) or (B, 1) -> (B T,) or (B,)."""
-    _checks.check_tensor("advantages", advantages)
-    rows, columns = logprob.shape
-    shape = tuple(advantages.shape)
-    if shape not in ((rows, columns), (rows,), (rows, 1)):
-        raise ValueError(
-            f"advantages must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}"
-        )
-    if shape == (rows, columns):
-        return advantages.reshape(-1)
-    return advantages.reshape(rows, 1).expand(rows, columns).reshape(-1)
-
-
 def _segments(batch: Mapping[str, Any]) -> Segments:
     if "segment_ids" not in batch:
         raise ValueError("this policy loss needs whole sequences: give segments (cu_seqlens) with the batch")
     return Segments(batch["segment_ids"], batch["num_segments"], (batch["weight"] != 0).to(batch["weight"].dtype))
 
 
-def _own_high(found: Variant, options: Mapping[str, Any]) -> bool:
-    """Whether clip_high stands on its own: given, or the kind's clip_high has a meaning without clip_low."""
-    return options.get("clip_high") is not None or "clip_low" not in found.defaults
-
-
-def _check_options(o: PolicyLoss) -> None:
-    def choice(name: str, allowed: tuple[str, ...], optional: bool = False) -> None:
-        value = getattr(o, name)
-        if value not in allowed and not (optional and value is None):
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-    choice("aggregation", AGGREGATIONS)
-    choice("importance_level", IMPORTANCE_LEVELS)
-    choice("correction", CORRECTIONS, optional=True)
-    check_estimator("kl_estimator", o.kl_estimator)
-    if o.kl_gradient is not None:
-        check_estimator("kl_gradient", o.kl_gradient)
-    if o.aggregation == "fixed_length" and (o.max_length is None or o.max_length <= 0):
-        raise ValueError(f"max_length must be > 0 for aggregation 'fixed_length', got {o.max_length}")
-    for name in ("clip_low", "clip_high"):
-        if not getattr(o, name) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(o, name)}")
-    if o.delta is not None and not o.delta > 0:
-        raise ValueError(f"delta must be > 0, got {o.delta}")
-    if o.dual_clip is not None and not o.dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1, got {o.dual_clip}")
-    if o.top_entropy is not None and not 0 <= o.top_entropy <= 1:
-        raise ValueError(f"top_entropy must be in [0, 1], got {o.top_entropy}")
-    if o.correction_min is not None and not o.correction_min < o.correction_max:
-        raise ValueError(f"correction_min must be < correction_max={o.correction_max}, got {o.correction_min}")
+def _rebuild(options: dict[str, Any]) -> PolicyLoss:
+    return PolicyLoss(**options)

@@ -1,0 +1,97 @@
+"""`policy_loss`: a policy loss of a whole batch in one call, padded or packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _checks
+from rlhf_fast.losses.policy import PolicyLoss
+from rlhf_fast.types import Metrics
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    *,
+    kind: str | PolicyLoss = "ppo",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    entropy: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Metrics]:
+    """Policy-gradient loss of a batch and its metrics.
+
+        r = exp(logprob - old_logprob)
+        ppo: L = -mean_mask min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta KL - entropy_coef mean_mask H
+
+    Equivalent to `reference.policy_loss`; for the clip family forward and gradient are one pass.
+
+    Args:
+        logprob: (N,) or (B, T) float. Differentiable.
+        old_logprob: the same shape, constant. None: on-policy, the ratio is exactly 1 and the gradient flows.
+        advantages: (N,), (B, T), or one per sequence, (S,), (B,) or (B, 1). Constant.
+        kind: a registered name, or a `PolicyLoss` (then without options).
+        mask: bool, shape of logprob. True = counts. What stands under False matters to nothing.
+        cu_seqlens: (S+1,) int, for (N,) input: needed by all that knows sequences.
+        ref_logprob: needed when beta != 0. Constant.
+        entropy: needed by entropy_coef (then differentiable) and top_entropy; otherwise a metric.
+        rollout_logprob: the sampler's log-probabilities, for `correction` and `off_policy_threshold`. NaN: unknown,
+            taken as equal to old_logprob.
+        options: those of `PolicyLoss`, and the kind's own parameters.
+    Returns: (loss (), metrics), fp32 (fp64 for fp64 input), on the input's device. Metrics are means over tokens
+        (sequence-level ratios too, where TRL averages over sequences), constants, never moved to the host.
+    Raises: ValueError naming the tensor or option, what was expected and what came.
+    Source: see `losses.variants` for each kind's paper and where TRL 1.16 and verl differ.
+    Notes: log-ratios are clamped to +-20 before exp. All-masked input: loss 0, zero gradients, finite metrics.
+    Example:
+        >>> logprob = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+        >>> loss, metrics = policy_loss(logprob, None, torch.tensor([1.0]), kind="grpo")
+        >>> loss.backward()
+    """
+    if isinstance(kind, PolicyLoss) and options:
+        raise ValueError(f"options must be in the PolicyLoss given as kind, got {', '.join(options)} beside it")
+    loss_fn = kind if isinstance(kind, PolicyLoss) else PolicyLoss(kind, **options)
+    _checks.check_float("logprob", logprob)
+    if logprob.dim() not in (1, 2):
+        raise ValueError(f"logprob must be (N,) or (B, T), got {_checks.shape_str(logprob.shape)}")
+    padded = logprob.dim() == 2
+    if padded and cu_seqlens is not None:
+        raise ValueError("cu_seqlens goes with (N,) input; for (B, T) give a mask")
+    batch: dict[str, Any] = {"old_logprob": old_logprob, "ref_logprob": ref_logprob}
+    batch.update(rollout_logprob=rollout_logprob, logprob=logprob.detach())
+    if entropy is not None and loss_fn.top_entropy is not None:
+        batch["old_entropy"] = entropy.detach()
+    for name, tensor in {**batch, "entropy": entropy, "mask": mask}.items():
+        if tensor is not None:
+            _checks.check_shape(name, tensor, logprob.shape, "(B, T)" if padded else "(N,)")
+    batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
+    if padded:
+        rows, columns = logprob.shape
+        cu_seqlens = torch.arange(rows + 1, device=logprob.device) * columns
+    batch = {name: _flat(t) for name, t in batch.items()}
+    batch = loss_fn.prepare(batch, _flat(mask), cu_seqlens)
+    return loss_fn(_flat(logprob), _flat(entropy), batch)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def _flat_advantages(advantages: Tensor, logprob: Tensor) -> Tensor:
+    """(B, T), (B,) or (B, 1) -> (B T,) or (B,)."""
+    _checks.check_tensor("advantages", advantages)
+    rows, columns = logprob.shape
+    shape = tuple(advantages.shape)
+    if shape not in ((rows, columns), (rows,), (rows, 1)):
+        raise ValueError(
+            f"advantages must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}"
+        )
+    if shape == (rows, columns):
+        return advantages.reshape(-1)
+    return advantages.reshape(rows, 1).expand(rows, columns).reshape(-1)
