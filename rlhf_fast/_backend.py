@@ -10,7 +10,7 @@ import importlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -98,6 +98,11 @@ def requested_backend() -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"RLHF_FAST_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's GPU the current one: Triton and CUDA launch there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform
     if launcher is None:
         _torch_stats(logits, target, bias, tf, out)
     else:
-        launcher.row_stats(logits, target.contiguous(), bias, **tf._asdict(), **out._asdict())
+        with _backend.on_device(logits):
+            launcher.row_stats(logits, target.contiguous(), bias, **tf._asdict(), **out._asdict())
     return out
 
 
@@ -90,7 +91,8 @@ def row_dlogits(
     if launcher is None:
         _torch_dlogits(logits, out, order, target, bias, tf, **args)
     else:
-        launcher.row_dlogits(logits, out, order, target, bias, **tf._asdict(), **args)
+        with _backend.on_device(logits):
+            launcher.row_dlogits(logits, out, order, target, bias, **tf._asdict(), **args)
 
 
 def _shaped(logits: Tensor, bias: Tensor | None, tf: Transform) -> tuple[Tensor, Tensor | None]:
@@ -108,10 +110,10 @@ def _torch_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transf
     s, _ = _shaped(logits.masked_fill(~scored.unsqueeze(-1), 0), bias, tf)
     m = s.amax(-1)
     picked = s.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    d = s.sub_(m.unsqueeze(-1))
+    d = s.sub_(m.masked_fill(m == -torch.inf, 0).unsqueeze(-1))
     e = d.exp()
     z = e.sum(-1)
-    log_sum = z.log()
+    log_sum = z.log().masked_fill(z == 0, 0)  # a row of -inf alone: lse = -inf, logprob = NaN
     values = [(picked - m) - log_sum, m, log_sum]
     if out.entropy is not None:
         values.append(log_sum - torch.where(e == 0, e, e * d).sum(-1) / z)
