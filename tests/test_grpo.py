@@ -433,6 +433,13 @@ def test_nan_gradients_skip_the_step_and_leave_the_moments(tmp_path):
     assert [r["skipped_steps"] for r in log_rows(tmp_path)] == [0, 1, 1, 1]
 
 
+def test_only_steps_in_a_row_count_towards_giving_up(tmp_path):
+    model = tiny()
+    poison = Poison(model.model.norm.weight, {0, 1, 3, 4})
+    it = trainer(tmp_path, model, max_steps=6, max_skipped_steps=3, callbacks=[poison])
+    assert it.train()["skipped_steps"] == 4
+
+
 def test_nan_gradients_without_end_give_the_run_up(tmp_path):
     model = tiny()
     it = trainer(
