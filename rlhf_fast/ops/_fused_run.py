@@ -59,7 +59,7 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
             merge_metrics(metrics, grad.metrics)
     counts = (n, head.rows_forward, head.rows_backward)
     metrics |= {name: torch.tensor(c) for name, c in zip(ROW_COUNTS, counts, strict=True)}
-    return Result(loss, logprob, entropy, metrics, tuple(head.grads))
+    return Result(loss, logprob, entropy, metrics, tuple(head.grads()))
 
 
 class _Chunk(NamedTuple):

@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops._memory import empty, huge
 from rlhf_fast.ops._rows import RowStats, Transform, row_dlogits, row_stats, stat_dtype
 
-BUDGET = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Bytes of one tile of logits, by device type, when the caller does not choose."""
+BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
+"""Bytes of one tile of logits, by device type, when the caller does not choose. On the CPU products slow down below
+some 500 rows (8% at 256, 25% at 128), whatever the cache holds."""
 
 ROW_MULTIPLE = 64
+ADD_ROWS = 1024
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -29,6 +32,11 @@ def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a product leaves its logits: fp32 on CUDA; oneDNN hands bf16 back for bf16."""
     return stat_dtype(dtype) if device.type == "cuda" else work_dtype(dtype, device)
+
+
+def weight_grad_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the weight gradient is handed over: fp32, the accumulator's; on the CPU bf16 for bf16."""
+    return dtype if device.type == "cpu" and dtype == torch.bfloat16 else stat_dtype(dtype)
 
 
 def tile_stride(vocab: int, device: torch.device) -> int:
@@ -89,7 +97,8 @@ class Head:
     """One call's products: the head, its tile buffer, and the gradients that build up.
 
     hidden (N, D), weight (V, D), bias (V,) or None. Gradients: hidden in its own dtype (fp32 for fp16, whose range
-    would not hold them before loss scaling), weight and bias in fp32 (fp64 for fp64).
+    would not hold them before loss scaling), weight and bias in fp32 (fp64 for fp64), weight in bf16 for bf16 on the
+    CPU. Sums over tiles are in fp32 everywhere.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tf: Transform, rows: int, want: Wanted):
@@ -97,19 +106,30 @@ class Head:
         self.work = work_dtype(hidden.dtype, hidden.device)
         self.wide = tile_dtype(hidden.dtype, hidden.device)
         self.acc = stat_dtype(weight.dtype)
-        self.weight = weight.to(self.work)
+        self.weight, self.weight_dtype = weight.to(self.work), weight.dtype
         self.bias = None if bias is None else bias.to(self.acc)
         self.rescale = self.work == torch.float16
         v = weight.shape[0]
-        self.tile = hidden.new_empty((rows, tile_stride(v, hidden.device)), dtype=self.wide)[:, :v]
+        self.tile = empty((rows, tile_stride(v, hidden.device)), self.wide, hidden.device)[:, :v]
         hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        self.grads = Grads(
-            hidden.new_zeros(hidden.shape, dtype=hidden_dtype) if want.hidden else hidden.new_empty(0),
-            weight.new_zeros(weight.shape, dtype=self.acc) if want.weight else weight.new_empty(0),
-            weight.new_zeros(v, dtype=self.acc) if want.bias else weight.new_empty(0),
-        )
+        self.dhidden = huge(hidden.new_empty(hidden.shape if want.hidden else (0,), dtype=hidden_dtype)).zero_()
+        self.dweight: Tensor | None = None  # made by the first tile: a product costs less than zeros and a sum
+        self.dbias = weight.new_zeros(v if want.bias else 0, dtype=self.acc)
         self.rows_forward = 0
         self.rows_backward = 0
+
+    def grads(self) -> Grads:
+        """The gradients of all tiles so far."""
+        if not self.want.weight:
+            return Grads(self.dhidden, self.weight.new_empty(0), self.dbias)
+        shape, device = self.weight.shape, self.weight.device
+        dtype = weight_grad_dtype(self.weight_dtype, device)
+        if self.dweight is None:
+            return Grads(self.dhidden, empty(shape, dtype, device).zero_(), self.dbias)
+        dweight = self.dweight
+        if dweight.dtype != dtype:
+            dweight = empty(shape, dtype, device).copy_(dweight)
+        return Grads(self.dhidden, dweight, self.dbias)
 
     def logits(self, h: Tensor) -> Tensor:
         """Raw logits (n, V) of h (n, D), in the tile buffer. First product."""
@@ -172,10 +192,10 @@ class Head:
             self._add_weight(dz, h.to(self.work), scale)
         if self.want.bias:
             db = dz.sum(0, dtype=self.acc)
-            self.grads.bias.add_(db if scale is None else db / scale)
+            self.dbias.add_(db if scale is None else db / scale)
 
     def _add_hidden(self, dz: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
-        dst = self.grads.hidden
+        dst = self.dhidden
         if order is None and isinstance(rows, slice) and scale is None:
             self._mm(dz, self.weight, dst.dtype, out=dst[rows])
             return
@@ -187,17 +207,38 @@ class Head:
         dst.index_copy_(0, rows if order is None else rows[order], dh)
 
     def _add_weight(self, dz: Tensor, h: Tensor, scale: Tensor | None) -> None:
-        dw = self.grads.weight
-        if dz.dtype == self.acc:
-            dw.addmm_(dz.t(), h)
-        elif scale is not None:  # fp16 on CUDA
-            dw.add_(self._mm(dz.t(), h, self.acc) / scale)
-        elif dz.is_cuda and addmm_accumulates(dz.device, dz.dtype):
-            torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
-        elif dz.is_cuda:
-            dw.add_(self._mm(dz.t(), h, self.acc))
-        else:
-            dw.add_(torch.mm(dz.t(), h))
+        dw = self.dweight
+        if self.wide == self.acc:
+            if dw is None:
+                self.dweight = dw = empty(self.weight.shape, self.acc, dz.device)
+                self._mm(dz.t(), h, self.acc, out=dw)
+                if scale is not None:
+                    dw.div_(scale)
+            elif dz.dtype == self.acc:
+                dw.addmm_(dz.t(), h)
+            elif dz.is_cuda and scale is None and addmm_accumulates(dz.device, dz.dtype):
+                torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
+            else:
+                product = self._mm(dz.t(), h, self.acc)
+                dw.add_(product if scale is None else product / scale)
+            return
+        # bf16 on the CPU: oneDNN sums a product in fp32 but hands it back rounded; the sum over tiles stays in fp32
+        product = torch.mm(dz.t(), h, out=empty(self.weight.shape, dz.dtype, dz.device))
+        if dw is None:
+            self.dweight = product
+            return
+        if dw.dtype != self.acc:
+            self.dweight = empty(dw.shape, self.acc, dw.device).copy_(dw)
+        add_narrow(self.dweight, product)
+
+
+def add_narrow(total: Tensor, narrow: Tensor) -> None:
+    """total += narrow, both (V, D) on the CPU, a few rows at a time: torch's own mixed sum first widens the whole of
+    `narrow` into fresh memory and takes seven times as long."""
+    wide = torch.empty((min(ADD_ROWS, total.shape[0]), total.shape[1]), dtype=total.dtype)
+    for start in range(0, total.shape[0], ADD_ROWS):
+        part = total[start : start + ADD_ROWS]
+        part.add_(wide[: part.shape[0]].copy_(narrow[start : start + ADD_ROWS]))
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
+from rlhf_fast.ops._memory import empty
 from rlhf_fast.ops._rows import RowStats, Transform, row_dlogits, row_stats, stat_dtype
 from rlhf_fast.ops.linear import check_transform
 from rlhf_fast.types import LogProb
@@ -131,7 +132,7 @@ def _logits_logprob_backward(
     if entropy.numel() > 0:
         dentropy = dentropy.masked_fill(~scored, 0)
         a, b = a - dentropy * entropy, -dentropy
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     tf = Transform(scale, softcap, inv_temperature)
     stats = RowStats(dlogprob, row_max, log_sum, None)
     rows = target.long().masked_fill(~scored, -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
-from rlhf_fast.ops._head import Wanted, wanted
+from rlhf_fast.ops._head import Wanted, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops.linear import check_chunk, check_head, check_transform
 from rlhf_fast.types import FusedLoss
@@ -228,7 +228,7 @@ def _(hidden, weight, bias, target, segments, batch, batch_names, metric_names, 
         *(hidden.new_empty(size, dtype=dtype) for size in ((), n, n if entropy else 0)),
         hidden.new_empty(len(metric_names.split(",")) + len(ROW_COUNTS), dtype=dtype),
         hidden.new_empty(hidden.shape if want[0] else (0,), dtype=hidden_dtype),
-        weight.new_empty(weight.shape if want[1] else (0,), dtype=acc),
+        weight.new_empty(weight.shape if want[1] else (0,), dtype=weight_grad_dtype(weight.dtype, weight.device)),
         weight.new_empty(weight.shape[0] if want[2] else 0, dtype=acc),
     )
 

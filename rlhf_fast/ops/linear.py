@@ -47,7 +47,7 @@ def linear_logprob(
         ignore_index: targets equal to it give 0 in every output, no gradient, and their rows reach no product.
         entropy: also return the differentiable entropy.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
-        memory_budget: bytes of one tile of logits. None: 64 MiB on the CPU, 1 GiB on a GPU.
+        memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU.
     Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), on
         the inputs' device. All three are differentiable.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
@@ -227,7 +227,7 @@ def _linear_logprob_backward(
             stats = RowStats(dlogprob[rows], row_max[rows], log_sum[rows], entropy[rows] if has_entropy else None)
             grads = (dlogprob[rows], dentropy[rows] if has_entropy else None, dlse[rows])
             head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
-    dhidden, dweight, dbias = head.grads
+    dhidden, dweight, dbias = head.grads()
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
