@@ -301,12 +301,16 @@ def test_nan_is_not_hidden_and_stays_in_its_pair(kind):
         if kind in BATCH_KINDS:
             continue
         weight = torch.ones(5).scatter_(0, torch.tensor([1]), 0.0)  # the pair taken out: the rest intact
-        out = preference_loss(*broken, kind=kind, lengths=pairs.lengths(), pair_weight=weight, **needed(kind)).loss
+        leaves = [x.requires_grad_() for x in broken[:2]]
+        out, metrics = preference_loss(*broken, kind=kind, lengths=pairs.lengths(), pair_weight=weight, **needed(kind))
+        for grad in torch.autograd.grad(out, leaves, allow_unused=True):
+            assert grad is None or grad.isfinite().all()
+        assert all(m.isfinite() for m in metrics.values())
         keep = [0, 2, 3, 4]
         rest = preference_loss(
             *(x[keep] for x in sums), kind=kind, lengths=tuple(n[keep] for n in pairs.lengths()), **needed(kind)
         ).loss
-        torch.testing.assert_close(out, rest, **EXACT)
+        torch.testing.assert_close(out.detach(), rest, **EXACT)
 
 
 @pytest.mark.parametrize("kind", BATCH_KINDS)

@@ -197,6 +197,20 @@ def test_pairs_with_an_empty_side_do_not_count():
         assert not ours[1][problem.cu[2] : problem.cu[4]].any()
 
 
+def test_as_many_tokens_as_pairs():
+    """N = P, most pairs empty: per-token and per-pair tensors have one size, and only their names tell them apart."""
+    problem = Problem(6, seed=14)
+    problem.cu = torch.tensor([0, 0, 0, 1, 3, 3, 3])
+    for name in ("hidden", "target", "ref"):
+        setattr(problem, name, getattr(problem, name)[:3].clone())
+    problem.target[:] = torch.tensor([3, 5, 2])
+    problem.ref = torch.linspace(-3, -1, 3, dtype=torch.float64)
+    for chunk_size in (1, None):
+        ours, theirs = both(problem, {"sigmoid": 1.0, "simpo": 0.5}, chunk_size=chunk_size)
+        assert_same(ours, theirs)
+        assert ours[1].any()
+
+
 def test_nothing_scored():
     problem = Problem(4, seed=7)
     problem.target[:] = -100

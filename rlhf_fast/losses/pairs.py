@@ -158,7 +158,6 @@ def _add_reference(o: PreferenceLoss, out: dict[str, Any], given: Mapping[str, A
 
 def token_sums(o: PreferenceLoss, values: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(P,) sums over the tokens of chosen and rejected, desensitised by ld_alpha; and both without that."""
-    values = keep(values, batch["valid"])
     raw = _split_sum(values, batch)
     if "tail" not in batch:
         return *raw, *raw
