@@ -214,7 +214,7 @@ def compare(a: Sequence[Row], b: Sequence[Row]) -> tuple[Table, dict[tuple, floa
         if row.provider != LIMIT:
             change[row.key] = relative
         style = "red" if relative > 1.1 else "green" if relative < 0.9 else ""
-        case = f"{row.op} ({row.n}, {row.d}, {row.v}) {row.dtype}"
+        case = f"{row.op} {row.n},{row.d},{row.v} {row.dtype}"
         cells = (old.ms, row.ms, row.ms / old.ms, old.x_limit, row.x_limit, relative, old.extra_mb, row.extra_mb)
         table.add_row(case, row.provider, *map(_n, cells), style=style)
     return table, change

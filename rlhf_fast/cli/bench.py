@@ -130,4 +130,6 @@ def _console():
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 120))
     return console, console.status("")
