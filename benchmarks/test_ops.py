@@ -1,0 +1,49 @@
+"""Every op with every provider that has it: checked against fp64, then timed by pytest-benchmark."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_fast.benchmarks import cases
+from rlhf_fast.benchmarks.measure import synchronize
+from rlhf_fast.benchmarks.providers import PROVIDERS, Unavailable, build
+
+PAIRS = [(op, name) for op in cases.OPS for name, provider in PROVIDERS.items() if op in provider.ops]
+
+
+@pytest.fixture(scope="module")
+def checked():
+    """Inputs and fp64 answers, made once for each op and dtype."""
+    made: dict[cases.Case, tuple] = {}
+
+    def get(case: cases.Case) -> tuple:
+        if case not in made:
+            made.clear()
+            x = cases.make_inputs(case)
+            made[case] = (x, cases.answer(case, x))
+        return made[case]
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("op", "provider"), PAIRS)
+def test_op(benchmark, checked, request, op, provider, dtype):
+    """One row of the table."""
+    device = request.config.getoption("--device")
+    case = cases.Case(op, cases.parse_shape(request.config.getoption("--shape")), dtype, device=device)
+    x, truth = checked(case)
+    try:
+        step = build(PROVIDERS[provider], case, x)
+        reason = cases.wrong(case, cases.errors(step(), truth))
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert not reason
+    benchmark.group = case.label
+    benchmark.name = provider
+
+    def call() -> None:
+        step()
+        synchronize(device)
+
+    benchmark(call)
