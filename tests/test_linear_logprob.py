@@ -138,7 +138,9 @@ def test_opcheck(entropy):
     hidden, weight, target, bias = inputs(7, 4, 11, bias=True, outliers=False)
     hidden[4] = 0
     args = [x.requires_grad_() for x in (hidden, weight, bias)]
-    opcheck(_linear_logprob, (*args, target, 1.0, None, 1.0, -100, entropy, 4, None))
+    opcheck(_linear_logprob, (*args, None, None, target, 1.0, 1.0, None, 1.0, -100, entropy, 4, None))
+    low = [torch.randn(s, requires_grad=True) for s in ((2, 4), (11, 2))]
+    opcheck(_linear_logprob, (*args, *low, target, 0.5, 1.0, None, 1.0, -100, entropy, 4, None))
 
 
 def test_compiles_whole_with_a_changing_length():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._head import Head, Wanted, tile_rows
+from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
 from rlhf_fast.ops.linear import scored_rows
 from rlhf_fast.types import LossGrad, Metrics
@@ -30,6 +30,7 @@ class Call(NamedTuple):
     chunk_size: int | None
     memory_budget: int | None
     want: Wanted
+    lora: Lora | None = None
 
 
 class Result(NamedTuple):
@@ -37,7 +38,7 @@ class Result(NamedTuple):
     logprob: Tensor  # (N,)
     entropy: Tensor  # (N,) or (0,)
     metrics: Metrics
-    grads: tuple[Tensor, Tensor, Tensor]
+    grads: tuple[Tensor, ...]  # of hidden, weight, bias, lora_a, lora_b
 
 
 def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call) -> Result:
@@ -50,7 +51,7 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
     step = tile_rows(count, vocab, hidden.dtype, hidden.device, call.chunk_size, call.memory_budget)
     loss, metrics = hidden.new_zeros((), dtype=dtype), {}
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, call.tf, step, call.want)
+        head = Head(hidden, weight, bias, call.tf, step, call.want, call.lora)
         whole = getattr(call.loss_fn, "needs_batch", False)  # one chunk; its tiles are recomputed if it has several
         for chunk in _plan(count, max(count, 1) if whole else step, target != call.ignore_index, call.segments):
             rows = slice(chunk.start, chunk.stop) if live is None else live[chunk.start : chunk.stop]
@@ -59,7 +60,7 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
             merge_metrics(metrics, grad.metrics)
     counts = (n, head.rows_forward, head.rows_backward)
     metrics |= {name: torch.tensor(c) for name, c in zip(ROW_COUNTS, counts, strict=True)}
-    return Result(loss, logprob, entropy, metrics, tuple(head.grads()))
+    return Result(loss, logprob, entropy, metrics, (*head.grads(), head.dlora_a, head.dlora_b))
 
 
 class _Chunk(NamedTuple):

@@ -69,20 +69,18 @@ class Wanted(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    lora_a: bool = False
+    lora_b: bool = False
 
     @property
     def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
+        return self.hidden or self.weight or self.bias or self.lora_a or self.lora_b
 
 
-def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
-    """The gradients that autograd will ask for, now."""
+def wanted(*tensors: Tensor | None) -> Wanted:
+    """The gradients of hidden, weight, bias, lora_a, lora_b that autograd will ask for, now."""
     on = torch.is_grad_enabled()
-    return Wanted(
-        on and hidden.requires_grad,
-        on and weight.requires_grad,
-        on and bias is not None and bias.requires_grad,
-    )
+    return Wanted(*(on and t is not None and t.requires_grad for t in tensors))
 
 
 class Grads(NamedTuple):
@@ -93,15 +91,32 @@ class Grads(NamedTuple):
     bias: Tensor
 
 
+class Lora(NamedTuple):
+    """A low-rank addition to the head: W + scaling * b @ a, which is never formed."""
+
+    a: Tensor  # (r, D)
+    b: Tensor  # (V, r)
+    scaling: float = 1.0
+
+
 class Head:
     """One call's products: the head, its tile buffer, and the gradients that build up.
 
     hidden (N, D), weight (V, D), bias (V,) or None. Gradients: hidden in its own dtype (fp32 for fp16, whose range
     would not hold them before loss scaling), weight and bias in fp32 (fp64 for fp64), weight in bf16 for bf16 on the
-    CPU. Sums over tiles are in fp32 everywhere.
+    CPU. Sums over tiles are in fp32 everywhere. With `lora` each product with W is joined by one of rank r.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tf: Transform, rows: int, want: Wanted):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tf: Transform,
+        rows: int,
+        want: Wanted,
+        lora: Lora | None = None,
+    ):
         self.tf, self.want = tf, want
         self.work = work_dtype(hidden.dtype, hidden.device)
         self.wide = tile_dtype(hidden.dtype, hidden.device)
@@ -115,6 +130,9 @@ class Head:
         self.dhidden = huge(hidden.new_empty(hidden.shape if want.hidden else (0,), dtype=hidden_dtype)).zero_()
         self.dweight: Tensor | None = None  # made by the first tile: a product costs less than zeros and a sum
         self.dbias = weight.new_zeros(v if want.bias else 0, dtype=self.acc)
+        self.lora = lora and Lora(lora.a.to(self.work), lora.b.to(self.work), lora.scaling)
+        self.dlora_a = weight.new_zeros(lora.a.shape if want.lora_a else (0,), dtype=self.acc)
+        self.dlora_b = weight.new_zeros(lora.b.shape if want.lora_b else (0,), dtype=self.acc)
         self.rows_forward = 0
         self.rows_backward = 0
 
@@ -134,7 +152,26 @@ class Head:
     def logits(self, h: Tensor) -> Tensor:
         """Raw logits (n, V) of h (n, D), in the tile buffer. First product."""
         self.rows_forward += h.shape[0]
-        return self._mm(h.to(self.work), self.weight.t(), self.wide, out=self.tile[: h.shape[0]])
+        h = h.to(self.work)
+        z = self._mm(h, self.weight.t(), self.wide, out=self.tile[: h.shape[0]])
+        if self.lora is not None:
+            self._add_mm(z, self._low_rank(h), self.lora.b.t())
+        return z
+
+    def _low_rank(self, h: Tensor) -> Tensor:
+        """scaling * h @ a.T, (n, r)."""
+        return torch.mm(h, self.lora.a.t()).mul_(self.lora.scaling)
+
+    def _add_mm(self, total: Tensor, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
+        """total += left @ right / scale, summed in the dtype of `total` without a copy where this torch can."""
+        if scale is None and total.dtype == left.dtype:
+            total.addmm_(left, right)
+        elif scale is None and left.is_cuda and addmm_accumulates(left.device, left.dtype):
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        else:
+            widens = self.wide != self.work  # the CPU has no product with a wider result
+            product = self._mm(left, right, total.dtype if widens else left.dtype)
+            total.add_(product if scale is None else product / scale)
 
     def _mm(self, left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """left @ right with the accumulator handed back in `dtype` where the inputs are narrower (CUDA)."""
@@ -186,20 +223,32 @@ class Head:
     def _products(
         self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
     ) -> None:
+        h = h.to(self.work)
+        through = None  # scaling * dz @ b, (k, r): what reaches a, and through it the hidden states
+        if self.lora is not None:
+            through = torch.mm(dz, self.lora.b).mul_(self.lora.scaling)
         if self.want.hidden:
-            self._add_hidden(dz, rows, order, scale)
+            self._add_hidden(dz, through, rows, order, scale)
         if self.want.weight:
-            self._add_weight(dz, h.to(self.work), scale)
+            self._add_weight(dz, h, scale)
         if self.want.bias:
             db = dz.sum(0, dtype=self.acc)
             self.dbias.add_(db if scale is None else db / scale)
+        if self.want.lora_a:
+            self._add_mm(self.dlora_a, through.t(), h, scale)
+        if self.want.lora_b:
+            self._add_mm(self.dlora_b, dz.t(), self._low_rank(h), scale)
 
-    def _add_hidden(self, dz: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
+    def _add_hidden(
+        self, dz: Tensor, through: Tensor | None, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
+    ) -> None:
         dst = self.dhidden
-        if order is None and isinstance(rows, slice) and scale is None:
-            self._mm(dz, self.weight, dst.dtype, out=dst[rows])
+        in_place = order is None and isinstance(rows, slice) and scale is None
+        dh = self._mm(dz, self.weight, dst.dtype, out=dst[rows] if in_place else None)
+        if through is not None:
+            self._add_mm(dh, through, self.lora.a)
+        if in_place:
             return
-        dh = self._mm(dz, self.weight, dst.dtype)
         if scale is not None:
             dh /= scale
         if isinstance(rows, slice):
@@ -214,13 +263,8 @@ class Head:
                 self._mm(dz.t(), h, self.acc, out=dw)
                 if scale is not None:
                     dw.div_(scale)
-            elif dz.dtype == self.acc:
-                dw.addmm_(dz.t(), h)
-            elif dz.is_cuda and scale is None and addmm_accumulates(dz.device, dz.dtype):
-                torch.addmm(dw, dz.t(), h, out_dtype=self.acc, out=dw)
             else:
-                product = self._mm(dz.t(), h, self.acc)
-                dw.add_(product if scale is None else product / scale)
+                self._add_mm(dw, dz.t(), h, scale)
             return
         # bf16 on the CPU: oneDNN sums a product in fp32 but hands it back rounded; the sum over tiles stays in fp32
         product = torch.mm(dz.t(), h, out=empty(self.weight.shape, dz.dtype, dz.device))

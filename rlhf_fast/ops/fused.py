@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
-from rlhf_fast.ops._head import Wanted, wanted, weight_grad_dtype
+from rlhf_fast.ops._head import Lora, Wanted, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
-from rlhf_fast.ops.linear import check_chunk, check_head, check_transform
-from rlhf_fast.types import FusedLoss
+from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
+from rlhf_fast.types import FusedLoss, Metrics
 
 
 def fused_linear_loss(
@@ -36,6 +36,7 @@ def fused_linear_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> FusedLoss:
@@ -53,7 +54,7 @@ def fused_linear_loss(
         loss_fn: `loss_fn(logprob (n,), entropy (n,) or None, batch) -> loss ()`, the SUM over the chunk's share of the
             loss, or `(loss, metrics)` with metrics a dict of 0-d tensors. It sees scored rows only. Divide by a
             normaliser that is known beforehand (pass it in `batch`), never by the chunk's own length. Ready-made
-            ones: `rlhf_fast.losses`. Gradients reach `hidden`, `weight` and `bias` through `logprob` and `entropy`,
+            ones: `rlhf_fast.losses`. Gradients reach `hidden` and the head through `logprob` and `entropy`,
             and nothing else: tensors in `batch` are constants.
         batch: what loss_fn needs. Tensors of N entries (or of the shape of `target`) are cut like the rows; with
             `segments`, tensors of S entries are cut like the segments; 0-d tensors and other values pass whole.
@@ -61,7 +62,7 @@ def fused_linear_loss(
             `batch` gains "segment_ids" (n,) and "num_segments". A segment larger than a tile is still exact: its
             tiles are recomputed (four products for its rows). None: chunks are cut anywhere.
         entropy: hand loss_fn the entropy and return it.
-        bias, temperature, logit_scale, softcap, ignore_index, chunk_size, memory_budget: as in `linear_logprob`.
+        bias, temperature, logit_scale, softcap, ignore_index, lora, chunk_size, memory_budget: as in `linear_logprob`.
     Returns: FusedLoss(loss (), logprob, entropy or None, metrics). `loss` is differentiable and honours any upstream
         scalar; the rest are constants of the shape of `target`, zero where not scored. `metrics` holds what loss_fn
         returned, added over chunks (names ending in _max or _min: the extreme), and the rows that entered each
@@ -93,13 +94,15 @@ def fused_linear_loss(
     if not getattr(loss_fn, "needs_segments", True):  # a ready-made loss that may be cut anywhere
         segments = None
     entropy = entropy or bool(getattr(loss_fn, "needs_entropy", False))
-    want = wanted(hidden, weight, bias)
-    call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    lora_a, lora_b, scaling = check_lora(lora, hidden, weight)
+    want = wanted(hidden, weight, bias, lora_a, lora_b)
+    low_rank = None if lora_a is None else Lora(lora_a, lora_b, scaling)
+    call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want, low_rank)
+    inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_a, lora_b, flat)
     if torch.compiler.is_compiling() and hasattr(loss_fn, "_ready_key"):
-        loss, logprob, h, metrics = _call_op(rows, weight, bias, flat, call)
+        loss, logprob, h, metrics = _call_op(*inputs, call)
     else:
-        loss, logprob, h, names, *values = _FusedLinearLoss.apply(rows, weight, bias, flat, call)
+        loss, logprob, h, names, *values = _FusedLinearLoss.apply(*inputs, call)
         metrics = dict(zip(names, values, strict=True))
     shape = target.shape
     return FusedLoss(loss, logprob.reshape(shape), h.reshape(shape) if entropy else None, metrics)
@@ -107,9 +110,11 @@ def fused_linear_loss(
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, call: Call):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, target, call: Call):
+        if lora_a is not None:
+            call = call._replace(lora=Lora(lora_a, lora_b, call.lora.scaling))
         out = run(hidden, weight, bias, target, call)
-        ctx.want, ctx.dtypes = call.want, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.want, ctx.dtypes = call.want, _dtypes(hidden, weight, bias, lora_a, lora_b)
         ctx.save_for_backward(*out.grads)
         ctx.mark_non_differentiable(out.logprob, out.entropy, *out.metrics.values())
         return out.loss, out.logprob, out.entropy, tuple(out.metrics), *out.metrics.values()
@@ -122,6 +127,10 @@ class _FusedLinearLoss(torch.autograd.Function):
             for grad, want, dtype in zip(ctx.saved_tensors, ctx.want, ctx.dtypes, strict=True)
         ]
         return *grads, None, None
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in tensors)
 
 
 def scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -146,8 +155,7 @@ def _flat_batch(batch: dict[str, Any], target: Tensor) -> dict[str, Any]:
         if isinstance(value, Tensor):
             if value.requires_grad and torch.is_grad_enabled():
                 raise ValueError(
-                    f"batch[{key!r}] requires grad, but the fused loss differentiates hidden, weight and bias only: "
-                    "detach it"
+                    f"batch[{key!r}] requires grad, but the fused loss differentiates the head's inputs only: detach it"
                 )
             if value.dim() and value.device != target.device:
                 raise ValueError(f"batch[{key!r}] must be on target's device {target.device}, got {value.device}")
@@ -170,14 +178,15 @@ def register_ready(loss_fn: LossFn) -> None:
     _READY[key] = loss_fn
 
 
-def _call_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call):
+def _call_op(hidden, weight, bias, lora_a, lora_b, target, call: Call) -> tuple[Tensor, Tensor, Tensor, Metrics]:
     """(loss, logprob, entropy, metrics) through the op."""
     tensors = {k: v for k, v in call.batch.items() if isinstance(v, Tensor)}
     empty = hidden.new_empty(0, dtype=stat_dtype(hidden.dtype))
     probe = {k: v if v.dim() == 0 else v[:0] for k, v in tensors.items()} | {"num_segments": 0}
     _, metrics = call.loss_fn(empty, empty if call.entropy else None, probe)  # for their names; no work
     loss, logprob, entropy, values, *_ = _fused_linear_loss(
-        *(hidden, weight, bias, target, call.segments, list(tensors.values()), ",".join(tensors), ",".join(metrics)),
+        *(hidden, weight, bias, lora_a, lora_b, target, call.segments),
+        *(list(tensors.values()), ",".join(tensors), ",".join(metrics), call.lora.scaling if call.lora else 1.0),
         *(call.loss_fn._ready_key, call.entropy, *call.tf, call.ignore_index),
         *(call.chunk_size, call.memory_budget, list(call.want)),
     )
@@ -189,11 +198,14 @@ def _fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     segments: Tensor | None,
     batch: list[Tensor],
     batch_names: str,
     metric_names: str,
+    lora_scaling: float,
     loss_key: str,
     entropy: bool,
     scale: float,
@@ -203,8 +215,8 @@ def _fused_linear_loss(
     chunk_size: int | None,
     memory_budget: int | None,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logprob, entropy or empty, metrics (M,), unscaled gradients of hidden, weight and bias or empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprob, entropy or empty, metrics (M,), unscaled gradients of the first five inputs or empty).
 
     Names are joined by commas: the schema knows no list of strings.
     """
@@ -212,7 +224,8 @@ def _fused_linear_loss(
         raise RuntimeError(f"the loss {loss_key} of a compiled fused_linear_loss no longer exists: keep it alive")
     values = dict(zip(batch_names.split(","), batch, strict=True))
     tf = Transform(scale, softcap, inv_temperature)
-    options = (entropy, tf, ignore_index, chunk_size, memory_budget, Wanted(*want))
+    lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
+    options = (entropy, tf, ignore_index, chunk_size, memory_budget, Wanted(*want), lora)
     out = run(hidden, weight, bias, target, Call(_READY[loss_key], values, segments, *options))
     zero = hidden.new_zeros((), dtype=stat_dtype(hidden.dtype))
     metrics = [out.metrics.get(name, zero) for name in (*metric_names.split(","), *ROW_COUNTS)]
@@ -220,7 +233,9 @@ def _fused_linear_loss(
 
 
 @_fused_linear_loss.register_fake
-def _(hidden, weight, bias, target, segments, batch, batch_names, metric_names, loss_key, entropy, *args):
+def _(
+    hidden, weight, bias, a, b, target, segments, batch, batch_names, metric_names, lora_scaling, key, entropy, *args
+):
     want, dtype = args[-1], stat_dtype(hidden.dtype)
     n, acc = target.shape[0], stat_dtype(weight.dtype)
     hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -230,13 +245,14 @@ def _(hidden, weight, bias, target, segments, batch, batch_names, metric_names, 
         hidden.new_empty(hidden.shape if want[0] else (0,), dtype=hidden_dtype),
         weight.new_empty(weight.shape if want[1] else (0,), dtype=weight_grad_dtype(weight.dtype, weight.device)),
         weight.new_empty(weight.shape[0] if want[2] else 0, dtype=acc),
+        weight.new_empty(a.shape if want[3] else (0,), dtype=acc),
+        weight.new_empty(b.shape if want[4] else (0,), dtype=acc),
     )
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias = inputs[:3]
-    ctx.want, ctx.dtypes = inputs[-1], (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.batch_size = len(inputs[5])
+    ctx.want, ctx.dtypes = inputs[-1], _dtypes(*inputs[:5])
+    ctx.batch_size = len(inputs[7])
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[4:])
 
@@ -246,7 +262,7 @@ def _backward(ctx, dloss, *_):
         (grad * dloss).to(dtype) if want else None
         for grad, want, dtype in zip(ctx.saved_tensors, ctx.want, ctx.dtypes, strict=True)
     ]
-    return *grads, None, None, [None] * ctx.batch_size, *(None,) * 11
+    return *grads, None, None, [None] * ctx.batch_size, *(None,) * 12
 
 
 _fused_linear_loss.register_autograd(_backward, setup_context=_save)

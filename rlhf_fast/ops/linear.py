@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._head import Head, Wanted, tile_rows
+from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
 from rlhf_fast.types import LogProb
 
@@ -26,6 +26,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> LogProb:
@@ -46,6 +47,8 @@ def linear_logprob(
         softcap: cap > 0 (Gemma 2) or None.
         ignore_index: targets equal to it give 0 in every output, no gradient, and their rows reach no product.
         entropy: also return the differentiable entropy.
+        lora: (a (r, D), b (V, r), scaling): the head is weight + scaling * b @ a, which is never formed; nor is a
+            gradient of weight's size when weight is frozen. a and b are differentiable, in the dtype of `weight`.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
         memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU.
     Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), on
@@ -64,11 +67,15 @@ def linear_logprob(
     hidden, weight, bias = check_head(hidden, weight, bias, target)
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
+    a, b, scaling = check_lora(lora, hidden, weight)
     logprob, h, lse, _, _ = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
+        a,
+        b,
         target.reshape(-1),
+        scaling,
         tf.scale,
         tf.softcap,
         tf.inv_temperature,
@@ -111,6 +118,33 @@ def check_head(
     return hidden, weight, bias
 
 
+def check_lora(
+    lora: Lora | tuple[Tensor, Tensor, float] | None, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Validate (a, b, scaling) against the head (already cast by autocast) and cast it alike."""
+    if lora is None:
+        return None, None, 1.0
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora must be (a, b, scaling), got {type(lora).__name__}")
+    a, b, scaling = lora
+    for name, tensor, dims, axis, size in (
+        ("lora a", a, "(r, D)", 1, weight.shape[1]),
+        ("lora b", b, "(V, r)", 0, weight.shape[0]),
+    ):
+        _checks.check_float(name, tensor)
+        if tensor.dim() != 2 or tensor.shape[axis] != size:
+            raise ValueError(
+                f"{name} must be {dims} with {dims[1 + 3 * axis]}={size}, got {_checks.shape_str(tensor.shape)}"
+            )
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(f"lora a (r, D) and b (V, r) must share r, got {a.shape[0]} and {b.shape[1]}")
+    _checks.check_same_device(hidden=hidden, **{"lora a": a, "lora b": b})
+    if torch.is_autocast_enabled(hidden.device.type):
+        a, b = a.to(weight.dtype), b.to(weight.dtype)
+    _checks.check_same_dtype(weight=weight, **{"lora a": a, "lora b": b})
+    return a, b, _checks.check_finite("lora scaling", scaling)
+
+
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
     """Validate the scalars between raw logits and softmax."""
     temperature = _checks.check_positive("temperature", temperature)
@@ -140,7 +174,10 @@ def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
+    lora_scaling: float,
     scale: float,
     softcap: float | None,
     inv_temperature: float,
@@ -159,7 +196,8 @@ def _linear_logprob(
     step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
     tf = Transform(scale, softcap, inv_temperature)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, tf, step, Wanted(False, False, False))
+        lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
+        head = Head(hidden, weight, bias, tf, step, Wanted(False, False, False), lora)
         for start in range(0, count, step):
             stop = min(start + step, count)
             rows = slice(start, stop) if live is None else live[start:stop]
@@ -172,19 +210,7 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    target,
-    scale,
-    softcap,
-    inv_temperature,
-    ignore_index,
-    entropy,
-    chunk_size,
-    memory_budget,
-):
+def _(hidden, weight, bias, lora_a, lora_b, target, lora_scaling, scale, softcap, inv_temperature, ignore, entropy, *_):
     n, dtype = hidden.shape[0], stat_dtype(hidden.dtype)
     new = lambda size: hidden.new_empty(size, dtype=dtype)  # noqa: E731
     return new(n), new(n if entropy else 0), new(n), new(n), new(n)
@@ -195,6 +221,8 @@ def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     entropy: Tensor,
     row_max: Tensor,
@@ -202,6 +230,7 @@ def _linear_logprob_backward(
     dlogprob: Tensor,
     dentropy: Tensor,
     dlse: Tensor,
+    lora_scaling: float,
     scale: float,
     softcap: float | None,
     inv_temperature: float,
@@ -209,8 +238,8 @@ def _linear_logprob_backward(
     chunk_size: int | None,
     memory_budget: int | None,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, in their dtypes; empty where not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias, lora_a and lora_b, in their dtypes; empty where not wanted."""
     has_entropy = entropy.numel() > 0
     live = (target != ignore_index) & ((dlogprob != 0) | (dlse != 0) | (dentropy != 0 if has_entropy else False))
     live = live.nonzero().squeeze(1)
@@ -218,7 +247,8 @@ def _linear_logprob_backward(
     step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
     tf = Transform(scale, softcap, inv_temperature)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, tf, step, Wanted(*want))
+        lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
+        head = Head(hidden, weight, bias, tf, step, Wanted(*want), lora)
         for start in range(0, count, step):
             rows = live[start : start + step]
             if count == hidden.shape[0]:
@@ -227,37 +257,36 @@ def _linear_logprob_backward(
             stats = RowStats(dlogprob[rows], row_max[rows], log_sum[rows], entropy[rows] if has_entropy else None)
             grads = (dlogprob[rows], dentropy[rows] if has_entropy else None, dlse[rows])
             head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
-    dhidden, dweight, dbias = head.grads()
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+    grads = (*head.grads(), head.dlora_a, head.dlora_b)
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 @_linear_logprob_backward.register_fake
-def _(hidden, weight, bias, target, entropy, row_max, log_sum, dlogprob, dentropy, dlse, scale, softcap, *args):
-    want = args[-1]
-    return (
-        hidden.new_empty(hidden.shape if want[0] else (0,)),
-        weight.new_empty(weight.shape if want[1] else (0,)),
-        (hidden if bias is None else bias).new_empty((weight.shape[0],) if want[2] else (0,)),
+def _(hidden, weight, bias, lora_a, lora_b, *args):
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    return tuple(
+        (weight if x is None else x).new_empty(x.shape if want else (0,))
+        for x, want in zip(inputs, args[-1], strict=True)
     )
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, target, *ctx.scalars = inputs
+    *tensors, ctx.scalars = *inputs[:6], inputs[6:]
     _, entropy, _, row_max, log_sum = output
     ctx.mark_non_differentiable(row_max, log_sum)
     ctx.set_materialize_grads(True)
-    ctx.save_for_backward(hidden, weight, bias, target, entropy, row_max, log_sum)
+    ctx.save_for_backward(*tensors, entropy, row_max, log_sum)
 
 
 def _backward(ctx, dlogprob, dentropy, dlse, _max, _sum):
-    hidden, weight, bias, target, entropy, row_max, log_sum = ctx.saved_tensors
-    scale, softcap, inv_temperature, ignore_index, _, chunk_size, memory_budget = ctx.scalars
-    want = [bool(w) for w in ctx.needs_input_grad[:3]]
+    lora_scaling, scale, softcap, inv_temperature, ignore_index, _, chunk_size, memory_budget = ctx.scalars
+    want = [bool(w) for w in ctx.needs_input_grad[:5]]
     grads = _linear_logprob_backward(
-        *(hidden, weight, bias, target, entropy, row_max, log_sum, dlogprob, dentropy, dlse),
+        *(*ctx.saved_tensors, dlogprob, dentropy, dlse, lora_scaling),
         *(scale, softcap, inv_temperature, ignore_index, chunk_size, memory_budget, want),
     )
-    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 8)
+    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 9)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -53,8 +53,12 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    lora: tuple[Tensor, Tensor, float] | None = None,  # (r, D), (V, r), scaling
 ) -> LogProb:
-    """`logprob_from_logits` of `hidden @ weight.T + bias`."""
+    """`logprob_from_logits` of `hidden @ weight.T + bias`, with weight + scaling b @ a under `lora`."""
+    if lora is not None:
+        a, b, scaling = lora
+        weight = weight + scaling * (b @ a)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return logprob_from_logits(
         logits,
