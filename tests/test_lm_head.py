@@ -43,9 +43,9 @@ FAMILIES = {
 }
 
 
-def build(family: str, dtype=torch.float64):
+def build(family: str, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    config = getattr(transformers, family)(**FAMILIES[family])
+    config = getattr(transformers, family)(**FAMILIES[family] | options)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
@@ -162,11 +162,37 @@ def test_peft_adapters_off_the_head():
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_an_adapter_on_the_head_is_refused():
+@pytest.mark.parametrize("family", ["LlamaConfig", "CohereConfig"])
+def test_peft_lora_on_the_head(family):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build("LlamaConfig"), peft.LoraConfig(target_modules=["lm_head"], r=2))
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2, lora_alpha=6, init_lora_weights=False)
+    model = peft.get_peft_model(build(family, tie_word_embeddings=False), lora)
     ids, mask, targets = tokens()
-    with pytest.raises(ValueError, match="adapter"):
+    want = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    want.sum().backward()
+    expected = gradients(model)
+    assert any("lm_head.lora_A" in name for name in expected)
+    assert not any("base_layer" in name for name in expected)
+    model.zero_grad()
+    got = fuse_lm_head(model)(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
+    got.sum().backward()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for name, grad in expected.items():
+        torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-9, atol=1e-11, msg=name)
+    with model.disable_adapter(), torch.no_grad():
+        off = model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
+        plain = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(off, got)
+
+
+@pytest.mark.parametrize("options", [dict(use_dora=True), dict(lora_dropout=0.5)], ids=str)
+def test_other_adapters_on_the_head_are_refused(options):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["lm_head"], r=2, **options)
+    model = peft.get_peft_model(build("LlamaConfig"), lora).train()
+    ids, mask, targets = tokens()
+    with pytest.raises(ValueError, match="one plain LoRA adapter without dropout"):
         fuse_lm_head(model)(input_ids=ids, attention_mask=mask, target_ids=targets)
 
 

@@ -47,7 +47,7 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
     Args:
         model: a transformers causal LM, or a PEFT model around one.
     Raises: TypeError if the model has no linear output head; ValueError in the fused call if the model transforms its
-        logits in a way that its config does not explain, or carries an adapter on the head.
+        logits in a way that its config does not explain, or carries an adapter on the head other than one plain LoRA.
     Example:
         >>> from transformers import Qwen2Config, Qwen2ForCausalLM
         >>> tiny = dict(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -135,20 +135,39 @@ def _head_forward(self, hidden: Tensor) -> Tensor:
     request = getattr(self, "_request", None)
     if request is None:
         return self._unfused_forward(hidden)
-    if hasattr(self, "base_layer"):
-        raise ValueError("the head carries an adapter; the fused head does not: leave lm_head out of its targets")
     if request.transform is not None:
         if request.target.shape != hidden.shape[:-1]:
             want, got = _checks.shape_str(hidden.shape[:-1]), _checks.shape_str(request.target.shape)
             raise ValueError(f"target_ids must be (B, T)={want}, got {got}")
-        options = request.options | request.transform | {"bias": getattr(self, "bias", None)}
+        linear, lora = _linear(self)
+        options = request.options | request.transform | {"bias": getattr(linear, "bias", None), "lora": lora}
         if request.loss_fn is None:
-            request.result = linear_logprob(hidden, self.weight, request.target, **options)
+            request.result = linear_logprob(hidden, linear.weight, request.target, **options)
         else:
-            request.result = fused_linear_loss(hidden, self.weight, request.target, request.loss_fn, **options)
+            request.result = fused_linear_loss(hidden, linear.weight, request.target, request.loss_fn, **options)
     request.hidden = hidden
     probe = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)
     return probe.expand(*hidden.shape[:-1], len(PROBE))
+
+
+def _linear(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
+    """The plain head, and the low-rank adapter that PEFT has put on it: (a, b, scaling), or None."""
+    linear = getattr(head, "base_layer", head)
+    if linear is head or head.disable_adapters or head.merged:
+        return linear, None
+    active = [name for name in head.active_adapters if name in getattr(head, "lora_A", ())]
+    if not active:
+        return linear, None
+    plain = all(type(layers[n]) is nn.Linear for n in active for layers in (head.lora_A, head.lora_B))
+    plain = plain and not any(head.use_dora.get(n) or head.lora_B[n].bias is not None for n in active)
+    dropped = [n for n in active if head.training and getattr(head.lora_dropout[n], "p", 0) > 0]
+    if len(active) > 1 or not plain or dropped:
+        raise ValueError(
+            f"the head carries {type(head).__module__}.{type(head).__name__} with adapters {active}: the fused head "
+            "takes one plain LoRA adapter without dropout"
+        )
+    name = active[0]
+    return linear, (head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name]))
 
 
 def _run(base: nn.Module, request: _Request, args: tuple, kwargs: dict) -> Any:
