@@ -88,12 +88,13 @@ def check_target(name: str, target: Tensor, expected: Sequence[int], dims: str) 
 def check_target_range(name: str, target: Tensor, mask: Tensor, size: int) -> None:
     """Raise on the first scored target outside [0, size), naming its row and value. One host sync.
 
-    target, mask: (N,). `mask` is True where the target counts.
+    target, mask: (N,) or (N, K). `mask` is True where the target counts.
     """
     bad = mask & ((target < 0) | (target >= size))
     if bool(bad.any()):
-        row = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{name}[{row}] = {int(target[row])} is outside the vocabulary [0, {size})")
+        where = tuple(bad.nonzero()[0].tolist())
+        place = ", ".join(map(str, where))
+        raise ValueError(f"{name}[{place}] = {int(target[where])} is outside the vocabulary [0, {size})")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:

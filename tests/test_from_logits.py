@@ -75,6 +75,30 @@ def test_gradcheck_and_opcheck(entropy):
     opcheck(_logits_logprob, (logits.detach().float().requires_grad_(), target, 1.0, 3.0, 1.3, -100, entropy))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_several_targets_for_each_row(backend, dtype):
+    """(..., K) targets: repeated ones, ignored ones, and a row of which nothing counts."""
+    logits = (torch.randn(2, 4, 507) * 3).to(dtype)
+    target = torch.randint(0, 507, (2, 4, 6))
+    target[0, 0, 3] = target[0, 0, 2]
+    target[0, 1, 1:3] = -100
+    target[1, 3] = -100
+    options = dict(temperature=0.6, softcap=8.0, entropy=True)
+    truth = run(reference.logprob_from_logits, logits, target, torch.float64, **options)
+    ours = run(logprob_from_logits, logits, target, dtype, **options)
+    assert ours[0].shape == target.shape
+    assert ours[1].shape == ours[2].shape == target.shape[:-1]
+    relative = 1e-12 if dtype == torch.float64 else 1e-6  # fp32 outputs whatever the logits' dtype
+    for a, b in zip(ours[:3], truth[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=relative, atol=relative)
+    # the gradient is in the logits' dtype, and rounded once for the row's term and once for each of the 6 targets
+    rounding = max(relative, 7 * torch.finfo(dtype).eps / 2)
+    torch.testing.assert_close(ours[3].double(), truth[3], rtol=0, atol=rounding * float(truth[3].abs().max()))
+    one = logprob_from_logits(logits, target[..., 0], **options).logprob
+    torch.testing.assert_close(ours[0][..., 0].detach(), one, rtol=1e-6, atol=1e-6)
+    opcheck(_logits_logprob, (torch.randn(3, 9, requires_grad=True), target[0, :3] % 9, 1.0, None, 1.3, -100, True))
+
+
 def test_ignored_rows_are_not_read(backend):
     logits = torch.randn(4, 9)
     logits[2] = torch.nan
@@ -155,6 +179,8 @@ def test_empty(empty):
             torch.zeros(4, dtype=torch.long),
             r"target must be logits' leading shape=\(3,\), got \(4,\)",
         ),
+        (torch.randn(3, 5), torch.zeros(4, 2, dtype=torch.long), r"target must be logits' leading shape and K, "),
+        (torch.randn(2, 5), torch.tensor([[0, 1], [2, 7]]), r"target\[1, 1\] = 7 is outside the vocabulary \[0, 5\)"),
         (torch.randn(3, 5), torch.tensor([0, 5, 1]), r"target\[1\] = 5 is outside the vocabulary \[0, 5\)"),
         (torch.randn(3, 0), torch.zeros(3, dtype=torch.long), r"logits must be \(..., V\) with V > 0, got \(3, 0\)"),
         (torch.ones(3, 5, dtype=torch.int64), torch.zeros(3, dtype=torch.long), "logits must be float32"),

@@ -31,10 +31,11 @@ def logprob_from_logits(
 
     Args:
         logits: (N, V) or (..., V) float. Differentiable; never written.
-        target: (N,) or (...) int64 or int32, already aligned to `logits`.
+        target: (N,) or (...) int64 or int32, already aligned to `logits`; or (..., K): K targets for each row, whose
+            log-probabilities come from the same pass.
         temperature, logit_scale, softcap, ignore_index, entropy: as in `linear_logprob`.
-    Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 logits). All
-        differentiable; the gradient has the logits' dtype.
+    Returns: LogProb(logprob, entropy or None, lse), fp32 (fp64 for fp64 logits): logprob of the shape of `target`,
+        the others of logits' leading shape. All differentiable; the gradient has the logits' dtype.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
         outside [0, V).
     Notes: ignored rows are not read (NaN there does no harm) and give 0. Rows holding -inf are fine as long as one
@@ -45,13 +46,18 @@ def logprob_from_logits(
         torch.Size([2, 3])
     """
     _check_logits(logits)
-    _checks.check_target("target", target, logits.shape[:-1], "logits' leading shape")
+    _checks.check_tensor("target", target)
+    lead, several = logits.shape[:-1], target.dim() == logits.dim()
+    if not several:
+        _checks.check_target("target", target, lead, "logits' leading shape")
+    else:
+        _checks.check_target("target", target, (*lead, target.shape[-1]), "logits' leading shape and K, (..., K)")
     _checks.check_same_device(logits=logits, target=target)
     tf = check_transform(temperature, logit_scale, softcap)
-    flat = logits.reshape(-1, logits.shape[-1])
-    logprob, h, lse, _, _ = _logits_logprob(flat, target.reshape(-1), *tf, ignore_index, entropy)
-    shape = target.shape
-    return LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
+    rows = logits.reshape(-1, logits.shape[-1])
+    flat = target.reshape(rows.shape[0], target.shape[-1]) if several else target.reshape(-1)
+    logprob, h, lse, _, _ = _logits_logprob(rows, flat, *tf, ignore_index, entropy)
+    return LogProb(logprob.reshape(target.shape), h.reshape(lead) if entropy else None, lse.reshape(lead))
 
 
 def entropy_from_logits(
@@ -84,6 +90,24 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
+def _row_targets(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(row target (N,), -1 where nothing of the row counts; scored, shape of target). Of K targets: the first."""
+    scored = target != ignore_index
+    if target.dim() == 1:
+        return target.long().masked_fill(~scored, -1), scored
+    return torch.where(scored.any(-1), 0, -1), scored
+
+
+def _gather(logits: Tensor, target: Tensor, scored: Tensor, tf: Transform) -> tuple[Tensor, Tensor, Tensor]:
+    """(index, s, ds/dz) of K targets for each row, each (N, K)."""
+    index = target.long().masked_fill(~scored, 0)
+    x = logits.gather(-1, index).to(stat_dtype(logits.dtype)) * tf.scale
+    if tf.softcap is None:
+        return index, x * tf.inv_temperature, torch.full_like(x, tf.scale * tf.inv_temperature)
+    t = torch.tanh(x / tf.softcap)
+    return index, t * tf.softcap * tf.inv_temperature, (1 - t * t) * (tf.scale * tf.inv_temperature)
+
+
 @torch.library.custom_op("rlhf_fast::logprob_from_logits", mutates_args=())
 def _logits_logprob(
     logits: Tensor,
@@ -94,19 +118,23 @@ def _logits_logprob(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy or empty, lse, row max, log-sum), each (N,)."""
-    scored = target != ignore_index
+    """(logprob (N,) or (N, K), entropy or empty, lse, row max, log-sum), each (N,)."""
+    rows, scored = _row_targets(target, ignore_index)
     _checks.check_target_range("target", target, scored, logits.shape[1])
-    rows = target.long().masked_fill(~scored, -1)
-    stats = row_stats(_rows(logits), rows, None, Transform(scale, softcap, inv_temperature), entropy=entropy)
+    tf = Transform(scale, softcap, inv_temperature)
+    stats = row_stats(_rows(logits), rows, None, tf, entropy=entropy)
+    logprob = stats.logprob
+    if target.dim() == 2:
+        _, s, _ = _gather(logits, target, scored, tf)
+        logprob = ((s - stats.row_max.unsqueeze(-1)) - stats.log_sum.unsqueeze(-1)).masked_fill_(~scored, 0)
     h = logits.new_empty(0, dtype=stat_dtype(logits.dtype)) if stats.entropy is None else stats.entropy
-    return stats.logprob, h, stats.row_max + stats.log_sum, stats.row_max, stats.log_sum
+    return logprob, h, stats.row_max + stats.log_sum, stats.row_max, stats.log_sum
 
 
 @_logits_logprob.register_fake
 def _(logits, target, scale, softcap, inv_temperature, ignore_index, entropy):
     n, dtype = logits.shape[0], stat_dtype(logits.dtype)
-    sizes = (n, n if entropy else 0, n, n, n)
+    sizes = (target.shape, n if entropy else 0, n, n, n)
     return tuple(logits.new_empty(size, dtype=dtype) for size in sizes)
 
 
@@ -126,17 +154,22 @@ def _logits_logprob_backward(
     ignore_index: int,
 ) -> Tensor:
     """Gradient of the logits (N, V), in their dtype."""
-    scored = target != ignore_index
-    dlogprob, dlse = (g.masked_fill(~scored, 0) for g in (dlogprob, dlse))
-    a, b = dlse - dlogprob, None
+    rows, scored = _row_targets(target, ignore_index)
+    tf = Transform(scale, softcap, inv_temperature)
+    several = target.dim() == 2
+    dlogprob = dlogprob.masked_fill(~scored, 0)
+    d_row = dlogprob.sum(-1) if several else dlogprob
+    a, b = dlse.masked_fill(rows < 0, 0) - d_row, None
     if entropy.numel() > 0:
-        dentropy = dentropy.masked_fill(~scored, 0)
+        dentropy = dentropy.masked_fill(rows < 0, 0)
         a, b = a - dentropy * entropy, -dentropy
     out = empty(logits.shape, logits.dtype, logits.device)
-    tf = Transform(scale, softcap, inv_temperature)
-    stats = RowStats(dlogprob, row_max, log_sum, None)
-    rows = target.long().masked_fill(~scored, -1)
-    row_dlogits(_rows(logits), out, None, rows, None, tf, stats, dlogprob, a, b)
+    stats = RowStats(row_max, row_max, log_sum, None)
+    d_target = torch.zeros_like(a) if several else dlogprob
+    row_dlogits(_rows(logits), out, None, rows, None, tf, stats, d_target, a, b)
+    if several:  # the K targets' own terms, on top of the row's
+        index, _, jacobian = _gather(logits, target, scored, tf)
+        out.scatter_add_(-1, index, (dlogprob * jacobian).masked_fill_(~scored, 0).to(out.dtype))
     return out
 
 

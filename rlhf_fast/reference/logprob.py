@@ -17,7 +17,7 @@ def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def logprob_from_logits(
     logits: Tensor,  # (..., V)
-    target: Tensor,  # (...)
+    target: Tensor,  # (...) or (..., K)
     *,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -25,21 +25,25 @@ def logprob_from_logits(
     ignore_index: int = -100,
     entropy: bool = False,
 ) -> LogProb:
-    """log p(target), the entropy of p and log-sum-exp of s, for logits that exist."""
-    scored = target != ignore_index
+    """log p(target), the entropy of p and log-sum-exp of s, for logits that exist. `target` may be (..., K)."""
+    several = target.dim() == logits.dim()
+    index = target if several else target.unsqueeze(-1)
+    scored = index != ignore_index
+    row = scored.any(-1)
     x = logits.to(_stat_dtype(logits.dtype)) * logit_scale
-    x = torch.where(scored.unsqueeze(-1), x, torch.zeros_like(x))  # NaN in an ignored row stays there
+    x = torch.where(row.unsqueeze(-1), x, torch.zeros_like(x))  # NaN in an ignored row stays there
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)  # Gemma 2, section 2
     s = x / temperature
     log_p = torch.log_softmax(s, dim=-1)
-    picked = log_p.gather(-1, target.long().masked_fill(~scored, 0).unsqueeze(-1)).squeeze(-1)
-    zero = torch.zeros_like(picked)
-    h = None
+    picked = log_p.gather(-1, index.long().masked_fill(~scored, 0))
+    picked = torch.where(scored, picked, torch.zeros_like(picked))
+    h, zero = None, torch.zeros_like(s[..., 0])
     if entropy:
         plogp = torch.where(log_p == -torch.inf, torch.zeros_like(log_p), log_p.exp() * log_p)
-        h = torch.where(scored, -plogp.sum(-1), zero)
-    return LogProb(torch.where(scored, picked, zero), h, torch.where(scored, torch.logsumexp(s, -1), zero))
+        h = torch.where(row, -plogp.sum(-1), zero)
+    lse = torch.where(row, torch.logsumexp(s, -1), zero)
+    return LogProb(picked if several else picked.squeeze(-1), h, lse)
 
 
 def linear_logprob(
