@@ -137,7 +137,7 @@ def test_opcheck():
     batch = loss_fn.prepare(dict(advantages=torch.tensor([1.0, -1.0])), target != -100, cu)
     tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
     _, metrics = loss_fn(torch.empty(0), None, {k: v[:0] if v.dim() else v for k, v in tensors.items()})
-    args = (target, None, list(tensors.values()), ",".join(tensors), ",".join(metrics), 0.5)
+    args = (target, None, list(tensors.values()), ",".join(tensors), ",".join(metrics), None, 0.5)
     options = (loss_fn._ready_key, False, 1.0, None, 1.0, -100, 2, None)
     opcheck(_fused_linear_loss, (hidden, weight, None, None, None, *args, *options, [True, True, False, False, False]))
     low = [torch.randn(s, requires_grad=True) for s in ((2, 4), (9, 2))]

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
+from rlhf_fast.ops._shards import Agreement, ShardedHead, Shards, sharded_head
 from rlhf_fast.ops.linear import scored_rows
 from rlhf_fast.types import LossGrad, Metrics
 
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     memory_budget: int | None
     want: Wanted
     lora: Lora | None = None
+    group: str | None = None  # name of the process group over which the vocabulary is spread
 
 
 class Result(NamedTuple):
@@ -44,14 +46,17 @@ class Result(NamedTuple):
 def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call) -> Result:
     """The whole computation, chunk by chunk: product, statistics, loss, gradient in place, two products."""
     n, vocab, dtype = target.shape[0], weight.shape[0], stat_dtype(hidden.dtype)
+    shards = None if call.group is None else _shards(hidden, weight, bias, target, call)
     logprob = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if call.entropy else 0, dtype=dtype)
-    live = scored_rows(target, call.ignore_index, vocab)
+    live = scored_rows(target, call.ignore_index, vocab if shards is None else shards.vocab)
     count = n if live is None else live.shape[0]
-    step = tile_rows(count, vocab, hidden.dtype, hidden.device, call.chunk_size, call.memory_budget)
+    widest = vocab if shards is None else shards.widest  # the same tiles on every rank
+    step = tile_rows(count, widest, hidden.dtype, hidden.device, call.chunk_size, call.memory_budget)
     loss, metrics = hidden.new_zeros((), dtype=dtype), {}
     with torch.autocast(hidden.device.type, enabled=False):
-        head = Head(hidden, weight, bias, call.tf, step, call.want, call.lora)
+        args = (hidden, weight, bias, call.tf, step, call.want)
+        head = Head(*args, call.lora) if shards is None else sharded_head(*args, shards)
         whole = getattr(call.loss_fn, "needs_batch", False)  # one chunk; its tiles are recomputed if it has several
         for chunk in _plan(count, max(count, 1) if whole else step, target != call.ignore_index, call.segments):
             rows = slice(chunk.start, chunk.stop) if live is None else live[chunk.start : chunk.stop]
@@ -61,6 +66,14 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
     counts = (n, head.rows_forward, head.rows_backward)
     metrics |= {name: torch.tensor(c) for name, c in zip(ROW_COUNTS, counts, strict=True)}
     return Result(loss, logprob, entropy, metrics, (*head.grads(), head.dlora_a, head.dlora_b))
+
+
+def _shards(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call) -> Shards:
+    """How the vocabulary lies over the ranks; raises on every rank unless all were called alike."""
+    segments = None if call.segments is None else call.segments.tolist()
+    options = (call.tf, call.ignore_index, call.entropy, call.chunk_size, call.memory_budget, segments)
+    gradients = 2 * call.want.hidden + call.want.any
+    return Shards.agreed(call.group, Agreement.of(hidden, weight, bias, target, options, gradients))
 
 
 class _Chunk(NamedTuple):
@@ -112,6 +125,8 @@ def _chunk(
     if call.entropy:
         entropy[rows] = ent = torch.cat([s.entropy for s in stats]) if stats else entropy.new_zeros(0)
     grad = loss_gradient(call.loss_fn, lp, ent, _slice(call, target.shape[0], rows, chunk), call.want.any)
+    if isinstance(head, ShardedHead):
+        grad = head.shards.agree(grad)
     if call.want.any:
         for tile, stat in zip(tiles, stats, strict=True):
             if len(tiles) > 1:  # a segment wider than the tile: its logits were overwritten

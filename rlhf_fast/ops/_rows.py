@@ -83,7 +83,7 @@ def row_dlogits(
     b: Tensor | None,  # (n,)
 ) -> None:
     """Write the gradient with respect to the raw logits of the rows named by `order`."""
-    if out.shape[0] == 0:
+    if out.numel() == 0:  # no row, or the empty shard of a vocabulary
         return
     launcher = _launcher(logits)
     vectors = dict(row_max=stats.row_max, log_sum=stats.log_sum, d_target=d_target, a=a, b=b)

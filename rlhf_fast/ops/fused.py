@@ -12,12 +12,14 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
 from rlhf_fast.ops._head import Lora, Wanted, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
+from rlhf_fast.ops._shards import Joined, check_group
 from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
 from rlhf_fast.types import FusedLoss, Metrics
 
@@ -39,6 +41,7 @@ def fused_linear_loss(
     lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> FusedLoss:
     """A loss over the log-probabilities of `target` under a linear head, in three products with that head.
 
@@ -63,6 +66,10 @@ def fused_linear_loss(
             tiles are recomputed (four products for its rows). None: chunks are cut anywhere.
         entropy: hand loss_fn the entropy and return it.
         bias, temperature, logit_scale, softcap, ignore_index, lora, chunk_size, memory_budget: as in `linear_logprob`.
+        group: the vocabulary is spread over this process group, as in `vocab_parallel_logprob`: `weight` and `bias`
+            are this rank's rows, `target` holds global ids, hidden and the rest are the same on every rank. loss_fn
+            runs on every rank, and the first rank's loss and gradient count. Every rank's hidden states get the
+            whole gradient, `weight` and `bias` that of their rows. Not together with `lora`.
     Returns: FusedLoss(loss (), logprob, entropy or None, metrics). `loss` is differentiable and honours any upstream
         scalar; the rest are constants of the shape of `target`, zero where not scored. `metrics` holds what loss_fn
         returned, added over chunks (names ending in _max or _min: the extreme), and the rows that entered each
@@ -82,22 +89,24 @@ def fused_linear_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    hidden, weight, bias = check_head(hidden, weight, bias, target)
-    tf = check_transform(temperature, logit_scale, softcap)
-    chunk, budget = check_chunk(chunk_size, memory_budget)
-    flat = target.reshape(-1)
-    if segments is not None and not torch.compiler.is_compiling():
-        _checks.check_cu_seqlens("segments", segments, flat.shape[0])
-    batch = _flat_batch(batch or {}, target)
-    if hasattr(loss_fn, "prepare"):
-        batch = loss_fn.prepare(batch, flat != ignore_index, segments)
-    if not getattr(loss_fn, "needs_segments", True):  # a ready-made loss that may be cut anywhere
-        segments = None
-    entropy = entropy or bool(getattr(loss_fn, "needs_entropy", False))
-    lora_a, lora_b, scaling = check_lora(lora, hidden, weight)
+    name = None if group is None else check_group(group, lora)
+    with Joined(group):
+        hidden, weight, bias = check_head(hidden, weight, bias, target, shard=group is not None)
+        tf = check_transform(temperature, logit_scale, softcap)
+        chunk, budget = check_chunk(chunk_size, memory_budget)
+        flat = target.reshape(-1)
+        if segments is not None and not torch.compiler.is_compiling():
+            _checks.check_cu_seqlens("segments", segments, flat.shape[0])
+        batch = _flat_batch(batch or {}, target)
+        if hasattr(loss_fn, "prepare"):
+            batch = loss_fn.prepare(batch, flat != ignore_index, segments)
+        if not getattr(loss_fn, "needs_segments", True):  # a ready-made loss that may be cut anywhere
+            segments = None
+        entropy = entropy or bool(getattr(loss_fn, "needs_entropy", False))
+        lora_a, lora_b, scaling = check_lora(lora, hidden, weight)
     want = wanted(hidden, weight, bias, lora_a, lora_b)
     low_rank = None if lora_a is None else Lora(lora_a, lora_b, scaling)
-    call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want, low_rank)
+    call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want, low_rank, name)
     inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_a, lora_b, flat)
     if torch.compiler.is_compiling() and hasattr(loss_fn, "_ready_key"):
         loss, logprob, h, metrics = _call_op(*inputs, call)
@@ -186,7 +195,8 @@ def _call_op(hidden, weight, bias, lora_a, lora_b, target, call: Call) -> tuple[
     _, metrics = call.loss_fn(empty, empty if call.entropy else None, probe)  # for their names; no work
     loss, logprob, entropy, values, *_ = _fused_linear_loss(
         *(hidden, weight, bias, lora_a, lora_b, target, call.segments),
-        *(list(tensors.values()), ",".join(tensors), ",".join(metrics), call.lora.scaling if call.lora else 1.0),
+        *(list(tensors.values()), ",".join(tensors), ",".join(metrics)),
+        *(call.group, call.lora.scaling if call.lora else 1.0),
         *(call.loss_fn._ready_key, call.entropy, *call.tf, call.ignore_index),
         *(call.chunk_size, call.memory_budget, list(call.want)),
     )
@@ -205,6 +215,7 @@ def _fused_linear_loss(
     batch: list[Tensor],
     batch_names: str,
     metric_names: str,
+    group: str | None,
     lora_scaling: float,
     loss_key: str,
     entropy: bool,
@@ -225,7 +236,7 @@ def _fused_linear_loss(
     values = dict(zip(batch_names.split(","), batch, strict=True))
     tf = Transform(scale, softcap, inv_temperature)
     lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
-    options = (entropy, tf, ignore_index, chunk_size, memory_budget, Wanted(*want), lora)
+    options = (entropy, tf, ignore_index, chunk_size, memory_budget, Wanted(*want), lora, group)
     out = run(hidden, weight, bias, target, Call(_READY[loss_key], values, segments, *options))
     zero = hidden.new_zeros((), dtype=stat_dtype(hidden.dtype))
     metrics = [out.metrics.get(name, zero) for name in (*metric_names.split(","), *ROW_COUNTS)]
@@ -234,7 +245,7 @@ def _fused_linear_loss(
 
 @_fused_linear_loss.register_fake
 def _(
-    hidden, weight, bias, a, b, target, segments, batch, batch_names, metric_names, lora_scaling, key, entropy, *args
+    hidden, weight, bias, a, b, target, segments, batch, batch_names, metric_names, group, scaling, key, entropy, *args
 ):
     want, dtype = args[-1], stat_dtype(hidden.dtype)
     n, acc = target.shape[0], stat_dtype(weight.dtype)
@@ -262,7 +273,7 @@ def _backward(ctx, dloss, *_):
         (grad * dloss).to(dtype) if want else None
         for grad, want, dtype in zip(ctx.saved_tensors, ctx.want, ctx.dtypes, strict=True)
     ]
-    return *grads, None, None, [None] * ctx.batch_size, *(None,) * 12
+    return *grads, None, None, [None] * ctx.batch_size, *(None,) * 13
 
 
 _fused_linear_loss.register_autograd(_backward, setup_context=_save)

@@ -89,9 +89,10 @@ def linear_logprob(
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, shard: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Validate the tensors of a head and cast them to autocast's dtype where that is on."""
+    """Validate the tensors of a head, or of a shard of one (it may have no rows), and cast them to autocast's dtype
+    where that is on."""
     _checks.check_float("hidden", hidden)
     _checks.check_float("weight", weight)
     if hidden.dim() < 1 or weight.dim() != 2:
@@ -99,7 +100,7 @@ def check_head(
             f"hidden must be (..., D) and weight (V, D), got {_checks.shape_str(hidden.shape)} and "
             f"{_checks.shape_str(weight.shape)}"
         )
-    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not shard):
         raise ValueError(
             f"weight must be (V, D) with V > 0 and D={hidden.shape[-1]} as in hidden "
             f"{_checks.shape_str(hidden.shape)}, got {_checks.shape_str(weight.shape)}"
