@@ -7,11 +7,13 @@ two more products. Ignored rows reach no product; rows whose upstream gradients 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
+from rlhf_fast.ops._shards import check_group
 from rlhf_fast.types import LogProb
 
 
@@ -29,6 +31,7 @@ def linear_logprob(
     lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> LogProb:
     """Log-probabilities of `target` under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp.
 
@@ -51,6 +54,8 @@ def linear_logprob(
             gradient of weight's size when weight is frozen. a and b are differentiable, in the dtype of `weight`.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
         memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU.
+        group: the head's rows are spread over this process group, `weight` and `bias` being this rank's: see
+            `vocab_parallel_logprob`, which is what runs. Not together with `lora`.
     Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), on
         the inputs' device. All three are differentiable.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
@@ -64,6 +69,13 @@ def linear_logprob(
         >>> logprob.shape
         torch.Size([5])
     """
+    if group is not None:
+        from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
+
+        check_group(group, lora)
+        options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
+        options |= dict(entropy=entropy, chunk_size=chunk_size, memory_budget=memory_budget)
+        return vocab_parallel_logprob(hidden, weight, target, group=group, bias=bias, **options)
     hidden, weight, bias = check_head(hidden, weight, bias, target)
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
