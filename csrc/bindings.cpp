@@ -9,6 +9,7 @@
 
 namespace py = pybind11;
 
+void bind_divergence(py::module_& m);  // cpu/divergence_bindings.cpp
 void bind_scans(py::module_& m);  // cpu/scans_bindings.cpp
 
 namespace {
@@ -54,5 +55,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  bind_divergence(m);
   bind_scans(m);
 }

@@ -19,17 +19,19 @@ from rlhf_fast.losses import (
     reward_loss,
 )
 from rlhf_fast.ops.advantages import group_advantages
+from rlhf_fast.ops.divergence import linear_divergence
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.fused import fused_linear_loss
 from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.linear import linear_logprob
 from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
-from rlhf_fast.types import FusedLoss, LogProb
+from rlhf_fast.types import DivergenceLoss, FusedLoss, LogProb
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DivergenceLoss",
     "FusedLoss",
     "KTO",
     "LogProb",
@@ -42,6 +44,7 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "kto_loss",
+    "linear_divergence",
     "linear_logprob",
     "logprob_from_logits",
     "losses",

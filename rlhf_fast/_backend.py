@@ -25,6 +25,7 @@ _SCANS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
 _ELEMENTWISE = {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")}
 OPS = {
     "row_pass": _ROWS,
+    "divergence": _ROWS,
     "gae": _SCANS,
     "discounted_returns": _SCANS,
     "group_advantages": _SCANS,

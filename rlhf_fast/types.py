@@ -29,6 +29,13 @@ class FusedLoss(NamedTuple):
     metrics: Metrics
 
 
+class DivergenceLoss(NamedTuple):
+    """A weighted sum () of per-token divergences, differentiable, and the divergences themselves, constants in fp32."""
+
+    loss: Tensor
+    divergence: Tensor
+
+
 class LossGrad(NamedTuple):
     """A chunk's loss (), its gradients (n,) and its metrics (sums over the chunk)."""
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = "0"  # before triton decorates anything
 
 import triton
-from rlhf_fast.kernels import policy, row_pass
+from rlhf_fast.kernels import divergence, policy, row_pass
 from rlhf_fast.kernels._common import EXACT, next_pow2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -57,7 +57,7 @@ def _config(name, kernel, types, constants, num_warps, ragged=()) -> Config:
     return Config(name, kernel, types, constants, num_warps, frozenset(aligned))
 
 
-STRIDES = {"v", "z_stride", "out_stride", "segment"}
+STRIDES = {"v", "z_stride", "out_stride", "ref_stride", "ref_out_stride", "segment"}
 
 
 def _stats(
@@ -99,7 +99,8 @@ def _dlogits(
     z: str, out: str, *, narrow=False, b=True, order=True, softcap=False, bias=False, ragged=False, padded=False
 ):
     types = {"z_ptr": f"*{z}", "out_ptr": f"*{out}", "target_ptr": "*i64", "max_ptr": "*fp32", "logsum_ptr": "*fp32"}
-    types |= {"d_ptr": "*fp32", "a_ptr": "*fp32", "pre": "fp32"} | dict.fromkeys(STRIDES, "i32")
+    types |= {"d_ptr": "*fp32", "a_ptr": "*fp32", "pre": "fp32"}
+    types |= dict.fromkeys(("v", "z_stride", "out_stride", "segment"), "i32")
     constants: dict[str, Any] = {"SEGMENTS": 1 if narrow else 10, "BLOCK": row_pass.DLOGITS_BLOCK}
     constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "HAS_TARGET": True, "HAS_ORDER": order, "HAS_B": b}
     optional = {"order_ptr": ("*i64", order), "bias_ptr": ("*fp32", bias), "b_ptr": ("*fp32", b)}
@@ -144,7 +145,44 @@ def configs() -> list[Config]:
     out += _dlogits("fp32", "fp32") + _dlogits("bf16", "bf16") + _dlogits("fp16", "fp16", order=False)
     out += _dlogits("fp32", "bf16", softcap=True, bias=True)
     out += _dlogits("fp32", "bf16", narrow=True, ragged=True)
-    return out + _policy()
+    return out + _divergence() + _policy()
+
+
+def _divergence() -> list[Config]:
+    vectors = ("max_ptr", "logsum_ptr", "ref_max_ptr", "ref_sum_ptr")
+    out = []
+    for z, to, kind, options in (
+        ("fp32", "bf16", "forward", {"in place"}),
+        ("fp32", "bf16", "reverse", {"in place"}),
+        ("fp32", "bf16", "jsd", {"in place"}),
+        ("fp32", "bf16", "jsd", {"in place", "both", "cap", "bias"}),
+        ("bf16", "bf16", "jsd", {"both", "cap"}),
+        ("fp32", "bf16", "jsd", {"in place", "ragged"}),
+    ):
+        code = ("forward", "reverse", "jsd").index(kind)
+        cap, bias, both = ("cap" in options), ("bias" in options), ("both" in options)
+        types = {"z_ptr": f"*{z}", "ref_ptr": f"*{z}"} | dict.fromkeys(vectors, "*fp32")
+        types |= dict.fromkeys(("v", "z_stride", "ref_stride", "segment"), "i32")
+        types |= dict.fromkeys(("pre", "ref_pre", "share"), "fp32")
+        constants: dict[str, Any] = {"KIND": code, "BLOCK": divergence.BLOCK, "HAS_BIAS": bias, "HAS_SOFTCAP": cap}
+        constants |= {"HAS_REF_BIAS": bias, "HAS_REF_SOFTCAP": cap}
+        optional = {"bias_ptr": ("*fp32", bias), "ref_bias_ptr": ("*fp32", bias)}
+        _fill(types, constants, optional | {"post": ("fp32", cap), "ref_post": ("fp32", cap)})
+        label = " ".join([f"{z}->{to}", kind, *sorted(options)])
+        unaligned = ("v", "z_stride", "ref_stride", "out_stride", "ref_out_stride") if "ragged" in options else ()
+        parts = {"part_ptr": ("*fp32", code != 0), "ref_part_ptr": ("*fp32", code != 1)}
+        own = types.copy(), constants | {"SEGMENTS": 10}
+        _fill(*own, parts)
+        value, grad = divergence.row_divergence_kernel, divergence.divergence_dlogits_kernel
+        out.append(_config(f"row_divergence {label}", value, *own, divergence.WARPS, unaligned))
+        own = (
+            types | {"out_ptr": f"*{to}", "grad_ptr": "*fp32"} | dict.fromkeys(("out_stride", "ref_out_stride"), "i32")
+        )
+        own = own, constants | {"SEGMENTS": 1 if "in place" in options else 10, "HAS_OUT": True, "HAS_REF_OUT": both}
+        sums = {"kl_ptr": ("*fp32", code != 0), "ref_kl_ptr": ("*fp32", code != 1)}
+        _fill(*own, sums | {"ref_out_ptr": (f"*{to}", both)})
+        out.append(_config(f"divergence_dlogits {label}", grad, *own, divergence.WARPS, unaligned))
+    return out
 
 
 def _policy() -> list[Config]:
@@ -276,6 +314,10 @@ def dry_launches() -> list[str]:
         narrow = z.view(torch.bfloat16)[:, :v]
         row_pass.row_dlogits(z, narrow, order, target, None, **plain, **stats, d_target=f, a=f, b=f)
         row_pass.row_dlogits(z, z, None, None, bias, **plain, **stats, d_target=f, a=f, b=None)
+        forms = {"ref_share": 0.5, "form": (1.0, None, 1.0), "ref_form": (1.0, 30.0, 1.0)}
+        forms |= {**stats, "ref_max": f, "ref_sum": f, "ref_kl": f}
+        divergence.row_divergence(z, z, None, bias, kind=0, **forms, own_kl=None)
+        divergence.divergence_dlogits(z, z, None, bias, kind=2, **forms, own_kl=f, grad=f, out=narrow, ref_out=None)
         policy.policy_clip_fwd(x, None, x, x, clip_low=0.2, clip_high=0.2)
         terms = {"delta": 2.0, "dual_clip": 3.0, "beta": 0.1, "kl_correction": True, "entropy_coef": 0.1}
         policy.policy_clip_fwd(*[x] * 8, clip_low=0.2, clip_high=0.2, **terms)
@@ -285,6 +327,7 @@ def dry_launches() -> list[str]:
 
 
 HOT = ("row_stats fp32 V=151936 H", "row_dlogits fp32->bf16 in place H order", "policy_clip everything k3")
+HOT += ("row_divergence fp32->bf16 jsd in place", "divergence_dlogits fp32->bf16 jsd in place")
 
 
 def plan(arguments: list[str]) -> list[tuple[Config, int]]:

@@ -22,6 +22,7 @@ FLOORS = {
     "rlhf_fast._checks": 1,
     "rlhf_fast._backend": 1,
     "rlhf_fast._backend_scans": 1,
+    "rlhf_fast._backend_divergence": 1,
     "rlhf_fast._C": 1,
     "rlhf_fast._cuda": 1,
     "rlhf_fast.packing": 1,

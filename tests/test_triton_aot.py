@@ -38,7 +38,8 @@ def reports() -> dict[tuple[str, int], dict]:
 def test_every_kernel_compiles_for_every_target(reports):
     assert {sm for _, sm in reports} == {80, 90, 100}
     kernels = {name.split()[0] for name, sm in reports if sm == 90}
-    assert kernels == {"row_stats", "row_combine", "row_dlogits", "policy_clip", "policy_sums"}
+    rows = {"row_stats", "row_combine", "row_dlogits", "row_divergence", "divergence_dlogits"}
+    assert kernels == rows | {"policy_clip", "policy_sums"}
 
 
 @needs_triton
@@ -50,7 +51,7 @@ def test_no_shipped_configuration_spills(reports):
 def test_row_passes_leave_room_for_enough_programs(reports):
     """With 64 bytes in flight per thread, 512 threads of a multiprocessor carry 32 KB: latency * bandwidth (H200)."""
     for (name, sm), r in reports.items():
-        if name.startswith(("row_stats", "row_dlogits")):
+        if name.startswith(("row_stats", "row_dlogits", "row_divergence", "divergence_dlogits")):
             resident = REGISTERS_PER_SM // (r["registers"] * 256) * 256
             assert resident >= 512, (name, sm, r["registers"])
 
@@ -61,7 +62,7 @@ def test_aligned_rows_use_16_byte_accesses(reports):
         if "ragged" in name or name.startswith(("row_combine", "policy_sums")):
             continue
         assert r["load_bytes"] == 16, (name, sm)
-        if not name.startswith("row_stats"):
+        if not name.startswith(("row_stats", "row_divergence")):
             assert r["store_bytes"] == 16, (name, sm)
 
 
@@ -78,6 +79,9 @@ def test_narrowing_in_place_stores_behind_a_barrier_and_loads_ahead(reports):
         events = reports["row_dlogits fp32->bf16 in place H order", sm]["wide_events"].replace("M", "")
         events = events.lstrip("S")  # the rows of zeros
         assert events.startswith("LLLLLLLLBSS"), events  # block 0, block 1, then block 0 is stored
+        assert "LS" not in events
+        events = reports["divergence_dlogits fp32->bf16 jsd in place", sm]["wide_events"].replace("M", "")
+        assert events.startswith("LLLLLLLLBS"), events  # two loads of either tile, ahead of the store of block 0
         assert "LS" not in events
 
 
@@ -97,5 +101,6 @@ def test_the_reader_of_machine_code_sees_what_is_there():
 @needs_triton
 def test_launchers_pass_through_the_compiler():
     """The interpreter binds arguments its own way; here the JIT's binder and heuristics see what launchers pass."""
+    pair = ["row_divergence_kernel", "divergence_dlogits_kernel"]
     stats, split = ["row_stats_kernel", "row_combine_kernel"], ["policy_clip_kernel", "policy_sums_kernel"]
-    assert aot("--dry-launches") == [*stats, *stats, *["row_dlogits_kernel"] * 2, *split, *split]
+    assert aot("--dry-launches") == [*stats, *stats, *["row_dlogits_kernel"] * 2, *pair, *split, *split]

@@ -4,6 +4,7 @@ Named like the public operations; autograd gives the gradients.
 """
 
 from rlhf_fast.reference.advantages import group_advantages
+from rlhf_fast.reference.divergence import linear_divergence
 from rlhf_fast.reference.logprob import (
     entropy_from_logits,
     fused_linear_loss,
@@ -23,6 +24,7 @@ __all__ = [
     "kl_estimate",
     "kto_kl",
     "kto_loss",
+    "linear_divergence",
     "linear_logprob",
     "logprob_from_logits",
     "masked_whiten",
