@@ -17,6 +17,18 @@ class LogProb(NamedTuple):
     lse: Tensor
 
 
+class TokenLogProb(NamedTuple):
+    """`LogProb` and, as constants of the shape of `target`: log sum_j p_j^2, mean_j s_j (fp32), and whether the
+    target is the likeliest token, the first among equals (bool)."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    log_sum_sq: Tensor
+    mean_logit: Tensor
+    is_top1: Tensor
+
+
 class FusedLoss(NamedTuple):
     """A loss whose gradient with respect to the hidden states and the head already exists.
 

@@ -100,6 +100,45 @@ def tile_rounding(dtype, values):
     return float(values.abs().max()) * 2**-8 if dtype == torch.bfloat16 else 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(temperature=0.6, logit_scale=-0.4), dict(temperature=1.7, softcap=3.0), dict(logit_scale=2.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_token_stats(backend, dtype, options, bias):
+    hidden, weight, target, b = inputs(150, 16, 252, dtype=dtype, bias=bias)
+    hidden[4] = 0
+    weight[7] = weight[3]  # equal logits: the first argmax counts
+    if bias:
+        b[7] = b[3]
+    truth = reference.linear_logprob(
+        hidden.double(), weight.double(), target, bias=b if b is None else b.double(), token_stats=True, **options
+    )
+    best = truth.is_top1.clone()
+    target[10:60] = linear_logprob_argmax(hidden, weight, b, **options)[10:60]
+    arguments = dict(bias=b, entropy=True, token_stats=True, **options)
+    truth = reference.linear_logprob(
+        *(x.double() for x in (hidden, weight)), target, **(arguments | {"bias": b if b is None else b.double()})
+    )
+    got = linear_logprob(hidden, weight, target, chunk_size=40, **arguments)
+    assert truth.is_top1[10:60].all()
+    assert not best.all()
+    assert torch.equal(got.is_top1, truth.is_top1)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for name in ("logprob", "entropy", "lse", "log_sum_sq", "mean_logit"):
+        torch.testing.assert_close(
+            getattr(got, name).double(), getattr(truth, name), rtol=tolerance, atol=tolerance * 10, msg=name
+        )
+
+
+def linear_logprob_argmax(hidden, weight, bias, *, temperature=1.0, logit_scale=1.0, softcap=None):
+    """The first token of the highest logit."""
+    z = torch.nn.functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+    return (z * logit_scale).argmax(-1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 40),
@@ -138,9 +177,9 @@ def test_opcheck(entropy):
     hidden, weight, target, bias = inputs(7, 4, 11, bias=True, outliers=False)
     hidden[4] = 0
     args = [x.requires_grad_() for x in (hidden, weight, bias)]
-    opcheck(_linear_logprob, (*args, None, None, target, 1.0, 1.0, None, 1.0, -100, entropy, 4, None))
+    opcheck(_linear_logprob, (*args, None, None, target, 1.0, 1.0, None, 1.0, -100, entropy, False, 4, None))
     low = [torch.randn(s, requires_grad=True) for s in ((2, 4), (11, 2))]
-    opcheck(_linear_logprob, (*args, *low, target, 0.5, 1.0, None, 1.0, -100, entropy, 4, None))
+    opcheck(_linear_logprob, (*args, *low, target, 0.5, 1.0, None, 1.0, -100, entropy, True, 4, None))
 
 
 def test_compiles_whole_with_a_changing_length():

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from rlhf_fast import _backend
 
+_BLOCK_ROWS = 64  # of the torch passes that widen a tile
+
 
 class Transform(NamedTuple):
     """From raw logits to the logits of the softmax: scale, then softcap, then temperature."""
@@ -68,6 +70,29 @@ def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform
         with _backend.on_device(logits):
             launcher.row_stats(logits, target.contiguous(), bias, **tf._asdict(), **out._asdict())
     return out
+
+
+def row_token_stats(
+    logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform, stats: RowStats
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log sum_j p_j^2, mean_j s_j, whether the target is the first argmax), each (n,); rows of target < 0 hold 0.
+
+    sum_j p_j^2 = sum_j exp(2 (s_j - m)) / exp(2 L): the statistics of the same row at twice the inverse temperature.
+    """
+    scored = target >= 0
+    twice = tf._replace(inv_temperature=2 * tf.inv_temperature)
+    log_sum_sq = row_stats(logits, target, bias, twice, entropy=False).log_sum - 2 * stats.log_sum
+    mean, top = torch.zeros_like(stats.log_sum), torch.zeros_like(target)
+    for start in range(0, logits.shape[0], _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        if bias is None and tf.softcap is None:  # a positive factor changes neither the order nor the mean's shape
+            s = logits[rows]
+            mean[rows] = s.sum(-1, dtype=mean.dtype) * (tf.scale * tf.inv_temperature / s.shape[1])
+            top[rows] = s.argmax(-1) if tf.scale > 0 else s.argmin(-1)
+        else:
+            s, _ = _shaped(logits[rows], bias, tf)
+            mean[rows], top[rows] = s.mean(-1), s.argmax(-1)
+    return log_sum_sq.masked_fill(~scored, 0), mean.masked_fill(~scored, 0), (top == target) & scored
 
 
 def row_dlogits(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
-from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
+from rlhf_fast.ops._rows import RowStats, Transform, row_token_stats, stat_dtype
 from rlhf_fast.ops._shards import check_group
-from rlhf_fast.types import LogProb
+from rlhf_fast.types import LogProb, TokenLogProb
 
 
 def linear_logprob(
@@ -28,11 +28,12 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    token_stats: bool = False,
     lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     group: dist.ProcessGroup | None = None,
-) -> LogProb:
+) -> LogProb | TokenLogProb:
     """Log-probabilities of `target` under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp.
 
         s = softcap(z * logit_scale) / temperature,   z = hidden @ weight.T + bias
@@ -50,14 +51,16 @@ def linear_logprob(
         softcap: cap > 0 (Gemma 2) or None.
         ignore_index: targets equal to it give 0 in every output, no gradient, and their rows reach no product.
         entropy: also return the differentiable entropy.
+        token_stats: return a `TokenLogProb`, which adds log_sum_sq (log sum_j p_j^2, WPO's weight), mean_logit (mean_j
+            s_j) and is_top1 (the target is the first argmax). Constants; they cost further reads of the tile.
         lora: (a (r, D), b (V, r), scaling): the head is weight + scaling * b @ a, which is never formed; nor is a
             gradient of weight's size when weight is frozen. a and b are differentiable, in the dtype of `weight`.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
         memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU.
         group: the head's rows are spread over this process group, `weight` and `bias` being this rank's: see
-            `vocab_parallel_logprob`, which is what runs. Not together with `lora`.
-    Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), on
-        the inputs' device. All three are differentiable.
+            `vocab_parallel_logprob`, which is what runs. Not together with `lora` or `token_stats`.
+    Returns: LogProb(logprob, entropy or None, lse), or TokenLogProb, each of the shape of `target`, fp32 (fp64 for
+        fp64 inputs), on the inputs' device. These three are differentiable.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
         outside [0, V).
     Source: the recomputation is that of Wijmans et al. 2024, "Cut Your Losses", section 4.
@@ -73,6 +76,8 @@ def linear_logprob(
         from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
 
         check_group(group, lora)
+        if token_stats:
+            raise ValueError("token_stats cannot be had over a process group: leave out one of token_stats and group")
         options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
         options |= dict(entropy=entropy, chunk_size=chunk_size, memory_budget=memory_budget)
         return vocab_parallel_logprob(hidden, weight, target, group=group, bias=bias, **options)
@@ -80,7 +85,7 @@ def linear_logprob(
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
     a, b, scaling = check_lora(lora, hidden, weight)
-    logprob, h, lse, _, _ = _linear_logprob(
+    logprob, h, lse, _, _, *extra = _linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -93,11 +98,13 @@ def linear_logprob(
         tf.inv_temperature,
         ignore_index,
         entropy,
+        token_stats,
         chunk,
         budget,
     )
     shape = target.shape
-    return LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
+    out = LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
+    return TokenLogProb(*out, *(x.reshape(shape) for x in extra)) if token_stats else out
 
 
 def check_head(
@@ -196,14 +203,17 @@ def _linear_logprob(
     inv_temperature: float,
     ignore_index: int,
     entropy: bool,
+    token_stats: bool,
     chunk_size: int | None,
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy or empty, lse, row max, log-sum), each (N,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy or empty, lse, row max, log-sum, log_sum_sq, mean_logit, is_top1 or empty), each (N,)."""
     n = hidden.shape[0]
     dtype = stat_dtype(hidden.dtype)
     logprob, lse, row_max, log_sum = (hidden.new_zeros(n, dtype=dtype) for _ in range(4))
     h = hidden.new_zeros(n if entropy else 0, dtype=dtype)
+    kinds = (dtype, dtype, torch.bool)
+    extra = [hidden.new_zeros(n if token_stats else 0, dtype=kind) for kind in kinds]
     live = scored_rows(target, ignore_index, weight.shape[0])
     count = n if live is None else live.shape[0]
     step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
@@ -214,19 +224,23 @@ def _linear_logprob(
         for start in range(0, count, step):
             stop = min(start + step, count)
             rows = slice(start, stop) if live is None else live[start:stop]
-            stats = head.stats(head.logits(hidden[rows]), target[rows].long(), entropy=entropy)
+            z, t = head.logits(hidden[rows]), target[rows].long()
+            stats = head.stats(z, t, entropy=entropy)
             logprob[rows], row_max[rows], log_sum[rows] = stats[:3]
             lse[rows] = stats.row_max + stats.log_sum
             if entropy:
                 h[rows] = stats.entropy
-    return logprob, h, lse, row_max, log_sum
+            if token_stats:
+                for out, value in zip(extra, row_token_stats(z, t, head.bias, tf, stats), strict=True):
+                    out[rows] = value
+    return logprob, h, lse, row_max, log_sum, *extra
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, target, lora_scaling, scale, softcap, inv_temperature, ignore, entropy, *_):
+def _(hidden, weight, bias, a, b, target, lora_scaling, scale, softcap, inv_temperature, ignore, entropy, stats, *_):
     n, dtype = hidden.shape[0], stat_dtype(hidden.dtype)
-    new = lambda size: hidden.new_empty(size, dtype=dtype)  # noqa: E731
-    return new(n), new(n if entropy else 0), new(n), new(n), new(n)
+    sizes = (n, n if entropy else 0, n, n, n, n if stats else 0, n if stats else 0)
+    return *(hidden.new_empty(size, dtype=dtype) for size in sizes), hidden.new_empty(sizes[-1], dtype=torch.bool)
 
 
 @torch.library.custom_op("rlhf_fast::linear_logprob_backward", mutates_args=())
@@ -286,20 +300,20 @@ def _(hidden, weight, bias, lora_a, lora_b, *args):
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scalars = *inputs[:6], inputs[6:]
-    _, entropy, _, row_max, log_sum = output
-    ctx.mark_non_differentiable(row_max, log_sum)
+    _, entropy, _, row_max, log_sum, *extra = output
+    ctx.mark_non_differentiable(row_max, log_sum, *extra)
     ctx.set_materialize_grads(True)
     ctx.save_for_backward(*tensors, entropy, row_max, log_sum)
 
 
-def _backward(ctx, dlogprob, dentropy, dlse, _max, _sum):
-    lora_scaling, scale, softcap, inv_temperature, ignore_index, _, chunk_size, memory_budget = ctx.scalars
+def _backward(ctx, dlogprob, dentropy, dlse, *_):
+    lora_scaling, scale, softcap, inv_temperature, ignore_index, _, _, chunk_size, memory_budget = ctx.scalars
     want = [bool(w) for w in ctx.needs_input_grad[:5]]
     grads = _linear_logprob_backward(
         *(*ctx.saved_tensors, dlogprob, dentropy, dlse, lora_scaling),
         *(scale, softcap, inv_temperature, ignore_index, chunk_size, memory_budget, want),
     )
-    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 9)
+    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 10)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.types import FusedLoss, LogProb
+from rlhf_fast.types import FusedLoss, LogProb, TokenLogProb
 
 
 def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,22 +57,23 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    token_stats: bool = False,
     lora: tuple[Tensor, Tensor, float] | None = None,  # (r, D), (V, r), scaling
-) -> LogProb:
+) -> LogProb | TokenLogProb:
     """`logprob_from_logits` of `hidden @ weight.T + bias`, with weight + scaling b @ a under `lora`."""
     if lora is not None:
         a, b, scaling = lora
         weight = weight + scaling * (b @ a)
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logprob_from_logits(
-        logits,
-        target,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        entropy=entropy,
-    )
+    options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    out = logprob_from_logits(logits, target, ignore_index=ignore_index, entropy=entropy, **options)
+    if not token_stats:
+        return out
+    s = logits.detach().to(_stat_dtype(logits.dtype)) * logit_scale
+    s = (s if softcap is None else softcap * torch.tanh(s / softcap)) / temperature
+    scored = target != ignore_index
+    log_sum_sq = torch.logsumexp(2 * torch.log_softmax(s, -1), -1).masked_fill(~scored, 0)
+    return TokenLogProb(*out, log_sum_sq, s.mean(-1).masked_fill(~scored, 0), (s.argmax(-1) == target) & scored)
 
 
 def fused_linear_loss(hidden, weight, target, loss_fn, *, batch=None, segments=None, entropy=False, **head):
