@@ -307,6 +307,40 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_straight_into_a_buffer(dtype, frozen):
+    """Two micro-batches and an upstream scalar add up in the buffer; autograd gets no gradient for the head."""
+    hidden, weight, target = head(12, 4, 7, dtype)
+    batch = ppo_batch(12)
+    (2.5 * fused_linear_loss(hidden, weight, target, clipped, batch=batch, chunk_size=5).loss).backward()
+    want, dhidden = weight.grad, hidden.grad
+    hidden.grad = weight.grad = None
+    weight.requires_grad_(not frozen)
+    buffer = torch.ones(7, 4, dtype=torch.promote_types(dtype, torch.float32))
+    for rows in (slice(0, 5), slice(5, 12)):
+        part = {k: v[rows] if torch.is_tensor(v) else v for k, v in batch.items()}
+        out = fused_linear_loss(hidden[rows], weight, target[rows], clipped, batch=part, weight_grad=buffer)
+        (2.5 * out.loss).backward()
+    assert weight.grad is None
+    rounding = torch.finfo(dtype).eps * float(want.abs().max()) * 2
+    torch.testing.assert_close(buffer - 1, want.to(buffer.dtype), rtol=0, atol=max(rounding, 1e-12))
+    torch.testing.assert_close(hidden.grad, dhidden, rtol=0, atol=max(rounding, 1e-12))
+    with torch.no_grad():
+        fused_linear_loss(hidden, weight, target, clipped, batch=batch, weight_grad=buffer)
+    torch.testing.assert_close(buffer - 1, want.to(buffer.dtype), rtol=0, atol=max(rounding, 1e-12))
+    with pytest.raises(ValueError, match=r"weight_grad must be \(V, D\)=\(7, 4\), got \(4, 7\)"):
+        fused_linear_loss(hidden, weight, target, clipped, batch=batch, weight_grad=buffer.t())
+
+
+def test_weight_grad_itself():
+    hidden, weight, target = head(12, 4, 7)
+    fused_linear_loss(hidden, weight, target, clipped, batch=ppo_batch(12)).loss.backward()
+    once = weight.grad.clone()
+    fused_linear_loss(hidden, weight, target, clipped, batch=ppo_batch(12), weight_grad=weight.grad).loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
 def test_deterministic():
     hidden, weight, target = head(64, 16, 507, torch.float32)
     results = []

@@ -41,6 +41,7 @@ def fused_linear_loss(
     lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    weight_grad: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> FusedLoss:
     """A loss over the log-probabilities of `target` under a linear head, in three products with that head.
@@ -66,6 +67,9 @@ def fused_linear_loss(
             tiles are recomputed (four products for its rows). None: chunks are cut anywhere.
         entropy: hand loss_fn the entropy and return it.
         bias, temperature, logit_scale, softcap, ignore_index, lora, chunk_size, memory_budget: as in `linear_logprob`.
+        weight_grad: (V, D) float. The backward adds the head's gradient to it in one pass, straight from the
+            accumulator, and autograd gets none for `weight`: `weight.grad` itself, or an fp32 buffer in which
+            micro-batches add up without being rounded to bf16 each time.
         group: the vocabulary is spread over this process group, as in `vocab_parallel_logprob`: `weight` and `bias`
             are this rank's rows, `target` holds global ids, hidden and the rest are the same on every rank. loss_fn
             runs on every rank, and the first rank's loss and gradient count. Every rank's hidden states get the
@@ -105,13 +109,16 @@ def fused_linear_loss(
         entropy = entropy or bool(getattr(loss_fn, "needs_entropy", False))
         lora_a, lora_b, scaling = check_lora(lora, hidden, weight)
     want = wanted(hidden, weight, bias, lora_a, lora_b)
+    if weight_grad is not None:
+        _check_weight_grad(weight_grad, weight)
+        want = want._replace(weight=torch.is_grad_enabled())
     low_rank = None if lora_a is None else Lora(lora_a, lora_b, scaling)
     call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want, low_rank, name)
     inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_a, lora_b, flat)
-    if torch.compiler.is_compiling() and hasattr(loss_fn, "_ready_key"):
+    if torch.compiler.is_compiling() and hasattr(loss_fn, "_ready_key") and weight_grad is None:
         loss, logprob, h, metrics = _call_op(*inputs, call)
     else:
-        loss, logprob, h, names, *values = _FusedLinearLoss.apply(*inputs, call)
+        loss, logprob, h, names, *values = _FusedLinearLoss.apply(*inputs, call, weight_grad)
         metrics = dict(zip(names, values, strict=True))
     shape = target.shape
     return FusedLoss(loss, logprob.reshape(shape), h.reshape(shape) if entropy else None, metrics)
@@ -119,11 +126,12 @@ def fused_linear_loss(
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, target, call: Call):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, target, call: Call, weight_grad: Tensor | None):
         if lora_a is not None:
             call = call._replace(lora=Lora(lora_a, lora_b, call.lora.scaling))
         out = run(hidden, weight, bias, target, call)
         ctx.want, ctx.dtypes = call.want, _dtypes(hidden, weight, bias, lora_a, lora_b)
+        ctx.weight_grad = weight_grad
         ctx.save_for_backward(*out.grads)
         ctx.mark_non_differentiable(out.logprob, out.entropy, *out.metrics.values())
         return out.loss, out.logprob, out.entropy, tuple(out.metrics), *out.metrics.values()
@@ -131,11 +139,27 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
+        saved, want = ctx.saved_tensors, ctx.want
+        if ctx.weight_grad is not None and want.weight:
+            total, dweight = ctx.weight_grad, saved[1]
+            if dweight.dtype == total.dtype:
+                total.addcmul_(dweight, dloss.to(total.dtype))
+            else:
+                total.add_(dweight * dloss)
+            want = want._replace(weight=False)
         grads = [
-            scaled(grad, dloss, dtype) if want else None
-            for grad, want, dtype in zip(ctx.saved_tensors, ctx.want, ctx.dtypes, strict=True)
+            scaled(grad, dloss, dtype) if wanted_ else None
+            for grad, wanted_, dtype in zip(saved, want, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
+    _checks.check_float("weight_grad", weight_grad)
+    _checks.check_shape("weight_grad", weight_grad, weight.shape, "(V, D)")
+    _checks.check_same_device(weight=weight, weight_grad=weight_grad)
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad is written in place and must not require grad")
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
