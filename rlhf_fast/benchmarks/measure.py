@@ -48,7 +48,11 @@ def once(fn: Callable[[], object], device: str, repeat: int = 1) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
-    """Every call once per round, in an order that rotates: a slow minute hits all of them alike."""
+    """Every call once per round, in an order that rotates: a slow minute hits all of them alike.
+
+    A call that is not timed precedes each sample: without it a provider pays for what its neighbour left in the caches,
+    and on a virtual machine for fresh memory that went back to the host meanwhile (150 ms for a tile of 131 MB).
+    """
     repeat = {}
     for name, fn in calls.items():  # the callers have warmed up
         synchronize(device)
@@ -57,6 +61,7 @@ def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            calls[name]()
             synchronize(device)
             samples[name].append(once(calls[name], device, repeat[name]))
     return {name: Timing(median(s), min(s), s) for name, s in samples.items()}
