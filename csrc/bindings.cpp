@@ -10,7 +10,8 @@
 namespace py = pybind11;
 
 void bind_divergence(py::module_& m);  // cpu/divergence_bindings.cpp
-void bind_scans(py::module_& m);  // cpu/scans_bindings.cpp
+void bind_policy(py::module_& m);  // cpu/policy_bindings.cpp
+void bind_scans(py::module_& m);   // cpu/scans_bindings.cpp
 
 namespace {
 
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  bind_policy(m);
   bind_divergence(m);
   bind_scans(m);
 }

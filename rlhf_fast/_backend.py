@@ -22,7 +22,7 @@ BACKENDS = ("torch", "cpp", "triton", "cuda")
 # For each family of ops: the backends it has on each device, best first. torch is always there.
 _ROWS = {"cpu": ("cpp", "torch", "triton"), "cuda": ("triton", "torch")}
 _SCANS = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
-_ELEMENTWISE = {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")}
+_ELEMENTWISE = {"cpu": ("cpp", "torch", "triton"), "cuda": ("triton", "torch")}
 OPS = {
     "row_pass": _ROWS,
     "divergence": _ROWS,

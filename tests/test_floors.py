@@ -21,6 +21,7 @@ FLOORS = {
     "rlhf_fast.types": 0,
     "rlhf_fast._checks": 1,
     "rlhf_fast._backend": 1,
+    "rlhf_fast._backend_policy": 1,
     "rlhf_fast._backend_scans": 1,
     "rlhf_fast._backend_divergence": 1,
     "rlhf_fast._C": 1,

@@ -71,7 +71,7 @@ def test_normalizer_of_the_options_and_of_the_batch_agree():
     flat = {"old_logprob": batch["old_logprob"].reshape(-1), "normalizer": torch.tensor(7.0)}
     flat["advantages"] = batch["advantages"][:, None].expand(5, 12).reshape(-1)
     b, _ = loss_fn(batch["logprob"].reshape(-1), None, loss_fn.prepare(flat, batch["mask"], None))
-    torch.testing.assert_close(a, b, **EXACT)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)  # one sums by sequences, the other does not know them
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,7 +151,8 @@ def test_the_public_function_is_the_protocol():
             continue  # draws its own keys
         a = run(policy_loss_without_noise, batch, kind, **options_of(kind))
         b = run(ours_with_noise, batch, kind, with_noise=True, **options_of(kind))
-        assert_same(a, b, rtol=0, atol=0)
+        # One takes what is constant along a sequence as one number and sums by sequences: 60 terms in another order.
+        assert_same(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_clip_cov_draws_from_torch_generator():

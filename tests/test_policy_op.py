@@ -140,7 +140,7 @@ def test_blocks_of_the_cpu_change_nothing(n, monkeypatch):
     t["weight"][64:128] = 0  # a block without a valid row
     t["logprob"][64:128] = float("nan")
     whole = call(t, ALL_TERMS)
-    monkeypatch.setattr("rlhf_fast.ops.policy.CPU_BLOCK", 64)
+    monkeypatch.setattr("rlhf_fast.ops._policy_torch.CPU_BLOCK", 64)
     blocks = call(t, ALL_TERMS)
     torch.testing.assert_close(blocks.sums, whole.sums, rtol=1e-12, atol=1e-13)
     assert torch.equal(blocks.dlogprob, whole.dlogprob)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.losses.policy import PolicyLoss
+from rlhf_fast.losses.prepare import prepare_batch
 from rlhf_fast.types import Metrics
 
 
@@ -71,11 +72,9 @@ def policy_loss(
         if tensor is not None:
             _checks.check_shape(name, tensor, logprob.shape, "(B, T)" if padded else "(N,)")
     batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
-    if padded:
-        rows, columns = logprob.shape
-        cu_seqlens = torch.arange(rows + 1, device=logprob.device) * columns
     batch = {name: _flat(t) for name, t in batch.items()}
-    batch = loss_fn.prepare(batch, _flat(mask), cu_seqlens)
+    length = logprob.shape[1] if padded else None
+    batch = prepare_batch(loss_fn, batch, _flat(mask), cu_seqlens, length=length, whole=True)
     return loss_fn(_flat(logprob), _flat(entropy), batch)
 
 
@@ -92,6 +91,4 @@ def _flat_advantages(advantages: Tensor, logprob: Tensor) -> Tensor:
         raise ValueError(
             f"advantages must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}"
         )
-    if shape == (rows, columns):
-        return advantages.reshape(-1)
-    return advantages.reshape(rows, 1).expand(rows, columns).reshape(-1)
+    return advantages.reshape(-1)

@@ -160,6 +160,12 @@ class PolicyLoss:
         return self.importance_level != "token" or variant(self.kind).segments
 
     @property
+    def takes_whole(self) -> bool:
+        """Whether a batch may come with one weight per sequence: nothing here needs them token by token."""
+        selects = self.top_entropy is not None or self.off_policy_threshold is not None or self.correction is not None
+        return self._fused and not selects and variant(self.kind).prepare is None
+
+    @property
     def _fused(self) -> bool:
         return variant(self.kind).fused and self.importance_level == "token"
 
@@ -191,6 +197,7 @@ class PolicyLoss:
             logprob, batch.get("old_logprob"), batch["advantages"], batch["weight"], terms,
             policy_weight=policy_weight, ref_logprob=batch.get("ref_logprob"),
             entropy=entropy, entropy_weight=entropy_weight,
+            mask=batch.get("mask"), offsets=batch.get("offsets"), length=batch.get("length", 0),
         )  # fmt: skip
 
     def _entropy_masked(self, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -246,20 +253,20 @@ class PolicyLoss:
     # ---- metrics: sums over the chunk, already divided by the batch's count of tokens ----
 
     def _clip_metrics(self, sums: Tensor, with_entropy: bool, batch: Mapping[str, Any]) -> Metrics:
-        s = dict(zip(SUMS, sums.unbind(), strict=True))
         inv_tokens = batch["inv_tokens"]
-        low, high = s["clip_low"] * inv_tokens, s["clip_high"] * inv_tokens
-        metrics = {"policy_loss": s["policy_loss"], "clip_fraction": low + high}
-        metrics.update(clip_fraction_low=low, clip_fraction_high=high)
+        s = dict(zip(SUMS, sums.unbind(), strict=True))
+        mean = dict(zip(SUMS, (sums * inv_tokens).unbind(), strict=True))
+        metrics = {"policy_loss": s["policy_loss"], "clip_fraction": mean["clip_low"] + mean["clip_high"]}
+        metrics.update(clip_fraction_low=mean["clip_low"], clip_fraction_high=mean["clip_high"])
         if self.delta is not None or self.dual_clip is not None:
-            metrics["dual_clip_fraction"] = s["clip_far"] * inv_tokens
-        metrics.update(ratio_mean=s["ratio"] * inv_tokens, approx_kl=s["approx_kl"] * inv_tokens)
+            metrics["dual_clip_fraction"] = mean["clip_far"]
+        metrics.update(ratio_mean=mean["ratio"], approx_kl=mean["approx_kl"])
         if self.beta != 0:
-            metrics["kl"] = s["kl"] * inv_tokens
+            metrics["kl"] = mean["kl"]
         if with_entropy:
-            metrics["entropy"] = s["entropy"] * inv_tokens
+            metrics["entropy"] = mean["entropy"]
         metrics.update(ratio_max=s["ratio_max"], ratio_min=s["ratio_min"])
-        return self._with_constants(metrics, s["count"] * inv_tokens, batch)
+        return self._with_constants(metrics, mean["count"], batch)
 
     def _metrics(
         self, policy: Tensor, indicators: Mapping[str, Tensor], ratio: Tensor, valid: Tensor, batch: Mapping[str, Any]
@@ -282,6 +289,8 @@ class PolicyLoss:
 
 
 def _segments(batch: Mapping[str, Any]) -> Segments:
+    if "segments" in batch:
+        return batch["segments"]
     if "segment_ids" not in batch:
         raise ValueError("this policy loss needs whole sequences: give segments (cu_seqlens) with the batch")
     return Segments(batch["segment_ids"], batch["num_segments"], (batch["weight"] != 0).to(batch["weight"].dtype))

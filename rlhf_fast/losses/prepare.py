@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.losses.registry import unknown, variant
 from rlhf_fast.losses.segments import Segments
-from rlhf_fast.losses.weights import aggregation_weights, masked_quantile, rollout_correction
+from rlhf_fast.losses.weights import aggregation_factor, masked_quantile, rollout_correction
 from rlhf_fast.ops.kl import keep
 
 if TYPE_CHECKING:
@@ -22,47 +22,92 @@ NUMBERS = ("normalizer", "entropy_normalizer", "num_tokens", "entropy_threshold"
 
 
 def prepare_batch(
-    o: PolicyLoss, batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None
+    o: PolicyLoss,
+    batch: Mapping[str, Any],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    length: int | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
-    """The batch that chunks are cut from: see `PolicyLoss.prepare`."""
+    """The batch that chunks are cut from: see `PolicyLoss.prepare`.
+
+    `length`: of every sequence, instead of cu_seqlens. `whole`: the loss takes this batch in one call, never in chunks;
+    what is constant along a sequence then need not be spread over its tokens.
+    """
     for name in batch:
         if name not in (*PER_TOKEN, *NUMBERS, "advantages"):
             raise ValueError(unknown("batch key", name, (*PER_TOKEN, *NUMBERS, "advantages")))
     if batch.get("advantages") is None:
         raise ValueError("batch must hold 'advantages', (N,) or one per sequence")
+    _checks.check_float("advantages", batch["advantages"])
     n = _count(batch, mask, cu_seqlens)
     device = batch["advantages"].device
-    mask = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask.reshape(-1).bool()
-    given = {name: _per_token(name, batch[name], mask) for name in PER_TOKEN if batch.get(name) is not None}
+    mask = None if mask is None else mask.reshape(-1).bool().contiguous()
+    given = {name: _per_token(name, batch[name], n) for name in PER_TOKEN if batch.get(name) is not None}
     known = [t for name, t in given.items() if name != "noise"] + [batch["advantages"]]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in known) else torch.float32
-    valid = mask.to(dtype)
-    given = {name: tensor.to(dtype) for name, tensor in given.items()}
-    segments = None
-    if cu_seqlens is not None:
-        if not torch.compiler.is_compiling():
-            _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, n)
-        segments = Segments.from_cu_seqlens(cu_seqlens.to(device), valid)
-    elif o.needs_segments or o.aggregation == "seq_mean_token_mean" or _correction_level(o) != "token":
+    segments = _segments(cu_seqlens, length, n, mask, device)
+    if segments is None and (
+        o.needs_segments or o.aggregation == "seq_mean_token_mean" or _correction_level(o) != "token"
+    ):
         raise ValueError(f"cu_seqlens must be given with (N,) input for policy loss {o.kind!r}: it needs sequences")
-    numbers = {name: batch[name] for name in NUMBERS if batch.get(name) is not None}
-    normalizer = numbers.get("normalizer", o.normalizer)
+    numbers = {name: _exact(batch[name]) for name in NUMBERS if batch.get(name) is not None}
+    normalizer = numbers.get("normalizer", _exact(o.normalizer))
     if o.aggregation in ("seq_mean_token_sum", "fixed_length") and segments is None and normalizer is None:
         raise ValueError(f"cu_seqlens or normalizer must be given with (N,) input for {o.aggregation!r}")
-    advantages = keep(_advantages(batch["advantages"], segments, n).to(dtype), mask)
-    out: dict[str, Any] = {
-        "advantages": advantages,
-        "weight": aggregation_weights(o.aggregation, valid, segments, normalizer, o.max_length).to(dtype),
-    }
+    compact = whole and o.takes_whole and device.type == "cpu" and (segments is None or segments.count != n)
+    if not compact:
+        given = {name: tensor if mask is None else keep(tensor, mask) for name, tensor in given.items()}
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    tokens = _count_tokens(n, mask, segments, device)
+    factor = aggregation_factor(o.aggregation, tokens, segments, normalizer, o.max_length)
+    factor = torch.as_tensor(factor, dtype=dtype, device=device)
+    advantages = _advantages(batch["advantages"], segments, n).to(dtype)
     num_tokens = numbers.get("num_tokens", normalizer if o.aggregation == "token_mean" else None)
-    num_tokens = valid.sum().clamp(min=1) if num_tokens is None else num_tokens
-    out["inv_tokens"] = torch.as_tensor(1 / num_tokens, dtype=dtype, device=device)
+    num_tokens = tokens if num_tokens is None else num_tokens
+    out: dict[str, Any] = {"inv_tokens": torch.as_tensor(1 / num_tokens, dtype=dtype, device=device)}
+    valid = None
+    if compact:
+        out.update(advantages=advantages, weight=factor.reshape(-1), mask=mask)
+        out.update(offsets=None if segments is None else segments.offsets, length=length or 0)
+    else:
+        valid = torch.ones(n, dtype=dtype, device=device) if mask is None else mask.to(dtype)
+        if segments is not None:
+            segments.valid = valid
+        advantages = advantages if advantages.numel() == n else segments.spread(advantages)
+        out["advantages"] = advantages if mask is None else keep(advantages, mask)
+        out["weight"] = valid * (factor if factor.dim() == 0 else segments.spread(factor))
     if o.needs_segments:
-        out.update(segment_ids=segments.ids, num_segments=segments.count)
+        out.update({"segments": segments} if whole else {"segment_ids": segments.ids, "num_segments": segments.count})
     _add_logprobs(o, out, given)
-    _add_policy_weight(o, out, given, valid, segments)
-    _add_entropy(o, out, given, numbers, normalizer, valid)
+    if not compact:
+        _add_policy_weight(o, out, given, valid, segments)
+    _add_entropy(o, out, given, numbers, normalizer, valid, tokens)
     return out
+
+
+def _segments(
+    cu_seqlens: Tensor | None, length: int | None, n: int, mask: Tensor | None, device: torch.device
+) -> Segments | None:
+    """The sequences of the batch; None where nothing says them. Whoever needs `valid` sets it."""
+    if mask is None and (cu_seqlens is not None or length is not None):
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(n).contiguous()
+    if length is not None:
+        return Segments(None, n // max(length, 1), None, length=length, mask=mask)
+    if cu_seqlens is None:
+        return None
+    if not torch.compiler.is_compiling():
+        _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, n)
+    offsets = cu_seqlens.to(device=device, dtype=torch.int64).contiguous()
+    return Segments(None, cu_seqlens.shape[0] - 1, None, offsets=offsets, mask=mask)
+
+
+def _count_tokens(n: int, mask: Tensor | None, segments: Segments | None, device: torch.device) -> Tensor:
+    """() float64: the tokens that count, at least 1."""
+    if mask is None:
+        return torch.full((), max(n, 1), dtype=torch.float64, device=device)
+    return (mask.sum() if segments is None else segments.tokens().sum()).clamp(min=1).double()
 
 
 def _count(batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
@@ -75,22 +120,24 @@ def _count(batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | N
     return batch["advantages"].numel() if cu_seqlens is None else int(cu_seqlens[-1])
 
 
-def _per_token(name: str, value: Any, mask: Tensor) -> Tensor:
-    """A (N,) tensor, constant, 0 under the mask."""
+def _exact(number: Tensor | float | None) -> Tensor | float | None:
+    """A count given as a tensor in float64: its reciprocal is formed before it meets the weights' dtype."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
+def _per_token(name: str, value: Any, n: int) -> Tensor:
+    """A constant (N,) tensor."""
     _checks.check_tensor(name, value)
-    if value.numel() != mask.numel():
-        raise ValueError(f"{name} must be (N,)=({mask.numel()},), got {_checks.shape_str(value.shape)}")
-    return keep(value.detach().reshape(-1), mask)
+    if value.numel() != n:
+        raise ValueError(f"{name} must be (N,)=({n},), got {_checks.shape_str(value.shape)}")
+    return value.detach().reshape(-1)
 
 
 def _advantages(value: Tensor, segments: Segments | None, n: int) -> Tensor:
-    """(N,), from (N,) or one per sequence."""
-    _checks.check_float("advantages", value)
+    """(N,) or one per sequence, (S,)."""
     value = value.detach().reshape(-1)
-    if value.numel() == n:
+    if value.numel() == n or (segments is not None and value.numel() == segments.count):
         return value
-    if segments is not None and value.numel() == segments.count:
-        return segments.spread(value)
     per_sequence = "" if segments is None else f" or (S,)=({segments.count},)"
     raise ValueError(f"advantages must be (N,)=({n},){per_sequence}, got {_checks.shape_str(value.shape)}")
 
@@ -143,7 +190,8 @@ def _add_entropy(
     given: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
     normalizer: Tensor | float | None,
-    valid: Tensor,
+    valid: Tensor | None,
+    tokens: Tensor,
 ) -> None:
     """The mask of top_entropy and the weights of the entropy bonus."""
     selected = valid
@@ -160,7 +208,7 @@ def _add_entropy(
             raise ValueError("top_entropy needs old_entropy (N,) or a number entropy_threshold in the batch, got None")
     if o.entropy_coef == 0:
         return
-    count = numbers.get("entropy_normalizer", o.entropy_normalizer)
+    count = numbers.get("entropy_normalizer", _exact(o.entropy_normalizer))
     if count is None:
         if o.top_entropy is None and o.aggregation == "token_mean":
             count = normalizer
@@ -169,7 +217,12 @@ def _add_entropy(
                 "entropy_normalizer, the count of tokens behind the entropy bonus, must be given "
                 f"with a normalizer of {o.aggregation!r} or an entropy_threshold, got None"
             )
-    out["entropy_weight"] = selected / (selected.sum().clamp(min=1) if count is None else count)
+    if selected is None:  # the op masks: one number for all tokens
+        count = tokens if count is None else count
+        out["entropy_weight"] = torch.as_tensor(1 / count, dtype=out["weight"].dtype, device=tokens.device).reshape(1)
+        return
+    count = selected.double().sum().clamp(min=1) if count is None else count
+    out["entropy_weight"] = selected * torch.as_tensor(1 / count, dtype=selected.dtype, device=selected.device)
 
 
 def _multiply(out: dict[str, Any], name: str, factor: Tensor) -> None:

@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops.policy import segment_counts
 
-class Segments(NamedTuple):
-    """Tokens (n,) of `count` sequences. `valid` (n,) is 1 for tokens that count, 0 for the others."""
 
-    ids: Tensor  # (n,) int64
-    count: int
-    valid: Tensor  # (n,) float
+class Segments:
+    """Tokens (n,) of `count` sequences: what belongs to which, and sums over the tokens that count.
+
+    Made from `ids` (n,), or from `offsets` (count+1,), or from the `length` of every sequence; and from `valid` (n,)
+    float, 1 for tokens that count, or `mask` (n,) bool. What is missing is formed when it is first asked for.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor | None,
+        count: int,
+        valid: Tensor | None,
+        *,
+        offsets: Tensor | None = None,
+        length: int | None = None,
+        mask: Tensor | None = None,
+    ):
+        self._ids, self.count, self.valid = ids, count, valid
+        self.offsets, self.length, self.mask = offsets, length, mask
+        self._tokens: Tensor | None = None
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, valid: Tensor) -> Segments:
         """Segments of the whole batch."""
-        count = cu_seqlens.shape[0] - 1
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        ids = torch.arange(count, device=valid.device)
-        ids = torch.repeat_interleave(ids, lengths.to(valid.device), output_size=valid.shape[0])
-        return cls(ids, count, valid)
+        offsets = cu_seqlens.to(device=valid.device, dtype=torch.int64)
+        return cls(None, cu_seqlens.shape[0] - 1, valid, offsets=offsets)
+
+    @property
+    def ids(self) -> Tensor:
+        """(n,) int64: the sequence of each token."""
+        if self._ids is None:
+            order = torch.arange(self.count, device=self.valid.device)
+            repeats = self.offsets.diff() if self.length is None else self.length
+            self._ids = order.repeat_interleave(repeats, output_size=self.valid.shape[0])
+        return self._ids
 
     def sum(self, values: Tensor) -> Tensor:
         """(n,) -> (count,): sum over the valid tokens of each sequence; differentiable."""
-        zeros = values.new_zeros(self.count)
-        return zeros.index_add(0, self.ids, values * self.valid.to(values.dtype))
+        values = values * self.valid.to(values.dtype)
+        if self.length is not None:
+            return values.reshape(self.count, self.length).sum(1)
+        return values.new_zeros(self.count).index_add(0, self.ids, values)
 
     def lengths(self) -> Tensor:
-        """(count,): valid tokens of each sequence, at least 1."""
-        return self.valid.new_zeros(self.count).index_add(0, self.ids, self.valid).clamp(min=1)
+        """(count,) float64: valid tokens of each sequence, at least 1."""
+        return self.tokens().clamp(min=1).double()
+
+    def tokens(self) -> Tensor:
+        """(count,) int64: valid tokens of each sequence."""
+        if self._tokens is None:
+            if self.mask is not None:
+                self._tokens = segment_counts(self.mask, self.offsets, self.count, self.length or 0)
+            else:
+                self._tokens = self.valid.new_zeros(self.count).index_add(0, self.ids, self.valid).long()
+        return self._tokens
 
     def mean(self, values: Tensor) -> Tensor:
         """(n,) -> (count,): mean over the valid tokens; 0 for a sequence without any."""
@@ -39,4 +70,6 @@ class Segments(NamedTuple):
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """(count,) -> (n,): each token gets its sequence's value."""
+        if self.length is not None:
+            return per_sequence[:, None].expand(self.count, self.length).reshape(-1)
         return per_sequence.index_select(0, self.ids)

@@ -17,23 +17,22 @@ CORRECTIONS = tuple(f"{level}_{how}" for level in ("token", "sequence", "geometr
 MIN_LOG_WEIGHT = -18.420680743952367  # log(1e-8): what stands for log(0) in a product of weights
 
 
-def aggregation_weights(
+def aggregation_factor(
     aggregation: str,
-    valid: Tensor,  # (N,) float, 0 or 1
+    tokens: Tensor | int,  # () how many count
     segments: Segments | None,
     normalizer: Tensor | float | None,
     max_length: int | None,
 ) -> Tensor:
-    """(N,) weights: loss = sum_t w_t l_t. `normalizer` counts tokens for token_mean, sequences for the others."""
-    if aggregation == "token_mean":
-        return valid / (valid.sum().clamp(min=1) if normalizer is None else normalizer)
+    """Weight of a token that counts, () or, where it depends on the sequence, (S,): loss = sum_t w_t l_t.
+
+    `normalizer` counts tokens for token_mean, sequences for the others.
+    """
     if normalizer is None:
-        normalizer = max(segments.count, 1)
+        normalizer = tokens if aggregation == "token_mean" else max(segments.count, 1)
     if aggregation == "seq_mean_token_mean":
-        return valid / (segments.spread(segments.lengths()) * normalizer)
-    if aggregation == "seq_mean_token_sum":
-        return valid / normalizer
-    return valid / (max_length * normalizer)
+        return 1 / (segments.lengths() * normalizer)
+    return 1 / (max_length * normalizer if aggregation == "fixed_length" else normalizer)
 
 
 def rollout_correction(
@@ -53,7 +52,7 @@ def rollout_correction(
     if level != "token":
         pooled = segments.sum(log_ratio) if level == "sequence" else segments.mean(log_ratio)
         log_ratio = segments.spread(pooled)
-        share = valid / segments.spread(segments.lengths())
+        share = valid / segments.spread(segments.lengths().to(valid.dtype))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     low, high = 0.0 if low is None else low, float("inf") if high is None else high
     outside = (ratio < low) | (ratio > high)

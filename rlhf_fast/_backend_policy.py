@@ -1,0 +1,96 @@
+"""Tensor-level door to the policy pass of the compiled module. As in `_backend`, the memory is checked here."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_fast._backend import cpp_module, num_threads, pointer
+
+KL_CODES = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
+
+
+def policy_clip(
+    logprob: Tensor,  # (n,) f32, as every float tensor here
+    old_logprob: Tensor | None,  # (n,)
+    advantages: Tensor,  # (n,), (segments,) or (1,)
+    weight: Tensor,  # the same
+    mask: Tensor | None,  # (n,) bool
+    policy_weight: Tensor | None,  # (n,)
+    ref_logprob: Tensor | None,  # (n,)
+    entropy: Tensor | None,  # (n,)
+    entropy_weight: Tensor | None,  # (n,), (segments,) or (1,)
+    offsets: Tensor | None,  # (segments+1,) int64; None: `segments` sequences of `length`
+    segments: int,
+    length: int,
+    *,
+    clip_low: float,
+    clip_high: float,
+    delta: float | None,
+    dual_clip: float | None,
+    beta: float,
+    kl_estimator: str,
+    kl_gradient: str,
+    kl_correction: bool,
+    entropy_coef: float,
+    dlogprob: Tensor,  # (n,), written
+    dentropy: Tensor | None,  # (n,), written
+    sums: Tensor,  # (12,), written
+) -> None:
+    """Sums, dloss/dlogprob and dloss/dentropy of the clip family in one pass."""
+    n = logprob.numel()
+    each = {"logprob": logprob, "old_logprob": old_logprob, "policy_weight": policy_weight, "ref_logprob": ref_logprob}
+    each.update(entropy=entropy, dlogprob=dlogprob, dentropy=dentropy)
+    for name, tensor in each.items():
+        _check(name, tensor, (n,))
+    per_sequence = False
+    for name, tensor in {"advantages": advantages, "weight": weight, "entropy_weight": entropy_weight}.items():
+        _check(name, tensor, (n,), (segments,), (1,))
+        per_sequence |= tensor is not None and tensor.numel() not in (1, n)
+    _check("mask", mask, (n,), dtype=torch.bool)
+    _check("sums", sums, (12,))
+    if per_sequence:
+        _check("offsets", offsets, (segments + 1,), dtype=torch.int64)
+        if offsets is None and segments * length != n:
+            raise ValueError(f"logprob must hold {segments} sequences of {length}, got {n} tokens")
+        if offsets is not None and (int(offsets[0]) != 0 or int(offsets[-1]) != n):
+            raise ValueError(f"offsets must run from 0 to {n}, got {int(offsets[0])}..{int(offsets[-1])}")
+    if (dentropy is not None) > (entropy is not None and entropy_weight is not None):
+        raise ValueError("dentropy was asked for without entropy and entropy_weight")
+    count = 0 if entropy_weight is None else entropy_weight.numel()
+    cpp_module().policy_clip(
+        n, pointer(logprob), pointer(old_logprob), pointer(advantages), advantages.numel(), pointer(weight),
+        weight.numel(), pointer(mask), pointer(policy_weight), pointer(ref_logprob), pointer(entropy),
+        pointer(entropy_weight), count, pointer(offsets) if per_sequence else 0, segments, length,
+        1 - clip_low, 1 + clip_high, math.inf if delta is None else delta,
+        math.inf if dual_clip is None else dual_clip, beta, KL_CODES[kl_estimator], KL_CODES[kl_gradient],
+        kl_correction, entropy_coef, pointer(dlogprob), pointer(dentropy), pointer(sums), num_threads(),
+    )  # fmt: skip
+
+
+def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: int, out: Tensor) -> None:
+    """How many tokens of each sequence the mask (n,) bool counts, into out (segments,) int64.
+
+    `offsets` (segments+1,) int64 must rise from 0 to n; None: sequences of `length`.
+    """
+    n = mask.numel()
+    _check("mask", mask, (n,), dtype=torch.bool)
+    _check("offsets", offsets, (segments + 1,), dtype=torch.int64)
+    _check("out", out, (segments,), dtype=torch.int64)
+    if offsets is None and segments * length != n:
+        raise ValueError(f"mask must hold {segments} sequences of {length}, got {n} tokens")
+    cpp_module().segment_counts(pointer(mask), pointer(offsets), segments, length, pointer(out), num_threads())
+
+
+def _check(name: str, tensor: Tensor | None, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    if tensor is None:
+        return
+    good = tensor.dtype == dtype and tuple(tensor.shape) in shapes and tensor.device.type == "cpu"
+    if not good or not tensor.is_contiguous():
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"{name} must be a contiguous {expected} {dtype} CPU tensor, got {tuple(tensor.shape)} "
+            f"{tensor.dtype} on {tensor.device}"
+        )
