@@ -26,6 +26,7 @@ from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.linear import linear_logprob
 from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
 from rlhf_fast.types import DivergenceLoss, FusedLoss, LogProb
 
 __version__ = "0.1.0"
@@ -57,4 +58,5 @@ __all__ = [
     "reward_loss",
     "shape_rewards",
     "value_loss",
+    "vocab_parallel_logprob",
 ]

@@ -14,6 +14,7 @@ from rlhf_fast.reference.logprob import (
 from rlhf_fast.reference.policy import kl_estimate, policy_loss
 from rlhf_fast.reference.preference import kto_kl, kto_loss, preference_loss, reward_loss
 from rlhf_fast.reference.value import discounted_returns, gae, masked_whiten, shape_rewards, value_loss
+from rlhf_fast.reference.vocab_parallel import vocab_parallel_logprob
 
 __all__ = [
     "discounted_returns",
@@ -33,4 +34,5 @@ __all__ = [
     "reward_loss",
     "shape_rewards",
     "value_loss",
+    "vocab_parallel_logprob",
 ]
