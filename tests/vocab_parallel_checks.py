@@ -30,7 +30,7 @@ OPTIONS = [
     dict(entropy=True, temperature=1.7, logit_scale=0.4, softcap=3.0),
     dict(entropy=True, logit_scale=-0.5, softcap=2.0, chunk_size=5),
     dict(entropy=True, chunk_size=1),
-    dict(chunk_size=7, memory_budget=1),
+    dict(entropy=True, memory_budget=2000),  # 7 rows of the largest shard, more of any other
 ]
 CHECKS = {}
 
@@ -111,6 +111,8 @@ def equals_the_unsharded_op_in_fp64(group):
     for sizes in LAYOUTS[group.size()]:
         hidden, weight, bias, target = head(sizes)
         for i, options in enumerate(OPTIONS):
+            if i in (0, 2, 4) and sizes != LAYOUTS[group.size()][0]:
+                continue
             b = bias if i % 2 else None
             ours, ref = both(group, sizes, hidden, weight, b, target, loss=weighted(23), **options)
             close(ours[0], ref[0])
@@ -348,14 +350,15 @@ def fused_losses(group):
         (PolicyLoss("gspo"), ready | {"advantages": torch.tensor([1.0, -0.5, 0.0])}),
         (bonus, dict(old=old, adv=adv, w=torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))),
     ]
-    for sizes in LAYOUTS[group.size()][:4]:
+    for sizes in LAYOUTS[group.size()][:3]:
         for loss_fn, batch in cases:
-            for chunk_size in (None, 4):
-                options = dict(batch=batch, segments=cu, chunk_size=chunk_size)
-                (ours, got), (want, expected) = both_fused(group, sizes, loss_fn, **options)
+            for tiles in (dict(), dict(chunk_size=4), dict(memory_budget=2000)):
+                (ours, got), (want, expected) = both_fused(group, sizes, loss_fn, batch=batch, segments=cu, **tiles)
                 close(got, expected)
                 assert ours.metrics.keys() == want.metrics.keys()
-                close(ours.metrics.values(), want.metrics.values())
+                # a budget buys more rows of a shard: fewer segments exceed a tile, fewer rows are computed twice
+                names = [k for k in want.metrics if k != "rows_forward" or "memory_budget" not in tiles]
+                close([ours.metrics[k] for k in names], [want.metrics[k] for k in names])
                 same_bits(group, ours.loss, *got[1:4])
 
 
