@@ -18,26 +18,44 @@ from rlhf_fast.losses import (
     register_preference_loss,
     reward_loss,
 )
-from rlhf_fast.ops.advantages import group_advantages
+from rlhf_fast.ops.advantages import advantage_options, group_advantages
 from rlhf_fast.ops.divergence import linear_divergence
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.fused import fused_linear_loss
 from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.linear import linear_logprob
+from rlhf_fast.ops.ppo import ppo_advantages
 from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
 from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
-from rlhf_fast.types import DivergenceLoss, FusedLoss, LogProb
+from rlhf_fast.types import (
+    DivergenceLoss,
+    FusedLoss,
+    Gae,
+    GroupAdvantages,
+    LogProb,
+    LossMetrics,
+    PpoAdvantages,
+    ShapedRewards,
+    ValueLoss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DivergenceLoss",
     "FusedLoss",
+    "Gae",
+    "GroupAdvantages",
     "KTO",
     "LogProb",
+    "LossMetrics",
     "PolicyLoss",
+    "PpoAdvantages",
     "PreferenceLoss",
+    "ShapedRewards",
+    "ValueLoss",
+    "advantage_options",
     "discounted_returns",
     "entropy_from_logits",
     "fused_linear_loss",
@@ -51,6 +69,7 @@ __all__ = [
     "losses",
     "masked_whiten",
     "policy_loss",
+    "ppo_advantages",
     "preference_loss",
     "reference",
     "register_policy_loss",

@@ -28,6 +28,7 @@ OPS = {
     "divergence": _ROWS,
     "gae": _SCANS,
     "discounted_returns": _SCANS,
+    "ppo_advantages": _SCANS,
     "group_advantages": _SCANS,
     "masked_whiten": _SCANS,
     "policy_loss": _ELEMENTWISE,

@@ -6,10 +6,13 @@ what must hold for the memory to be safe is checked here. A call on the GPU runs
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from rlhf_fast._backend import cpp_module, cuda_module, num_threads, pointer
+from rlhf_fast._backend_policy import KL_CODES
 
 
 def gae(
@@ -50,6 +53,67 @@ def gae(
         cuda_module().gae(
             *pointers, n, batch, length, gamma, lam, carry, pointer(bootstrap), pointer(ends), pointer(advantages),
             pointer(returns), pointer(workspace), _stream(device),
+        )  # fmt: skip
+
+
+def ppo_advantages(
+    values: Tensor,  # (N,) f32
+    mask: Tensor | None,  # (N,) bool
+    offsets: Tensor | None,  # (B+1,) int64; None: sequences of `length` tokens
+    length: int,
+    batch: int,
+    bootstrap: Tensor | None,  # (B,) f32
+    ends: Tensor | None,  # (B,) int64, as in `gae`; on the GPU needed with a mask wherever there are scores
+    scores: Tensor | None,  # (B,) f32; None: `rewards` is read, not written
+    logprob: Tensor | None,  # (N,) f32
+    ref_logprob: Tensor | None,  # (N,) f32
+    *,
+    gamma: float,
+    lam: float,
+    carry: bool,
+    kl_coef: float,
+    kl_estimator: str,
+    kl_clip: float | None,
+    score_clip: float | None,
+    whiten: bool,
+    eps: float,
+    rewards: Tensor,  # (N,) f32, written where there are scores
+    kl: Tensor | None,  # (N,) f32, written
+    advantages: Tensor,  # (N,) f32, written
+    returns: Tensor,  # (N,) f32, written
+) -> None:
+    """Shaped rewards, advantages, returns, and the whitening of the advantages: one pass, and one to whiten."""
+    n, device = values.numel(), values.device
+    floats = {"rewards": rewards, "values": values, "logprob": logprob, "ref_logprob": ref_logprob, "kl": kl}
+    for name, tensor in {**floats, "advantages": advantages, "returns": returns}.items():
+        _check(name, tensor, (n,), torch.float32, device)
+    _check("mask", mask, (n,), torch.bool, device)
+    _check("offsets", offsets, (batch + 1,), torch.int64, device)
+    _check("bootstrap", bootstrap, (batch,), torch.float32, device)
+    _check("scores", scores, (batch,), torch.float32, device)
+    _check("ends", ends, (batch,), torch.int64, device)
+    if offsets is None and batch * length != n:
+        raise ValueError(f"values must hold {batch} sequences of {length}, got {n} tokens")
+    if (logprob is None) != (ref_logprob is None) or (logprob is None) != (kl is None):
+        raise ValueError("logprob, ref_logprob and kl must be given together or not at all")
+    shaping = (pointer(scores), pointer(logprob), pointer(ref_logprob), kl_coef, kl_clip or inf, score_clip or inf)
+    shaping += (KL_CODES[kl_estimator],)
+    if device.type == "cpu":
+        cpp_module().ppo_advantages(
+            pointer(rewards), pointer(values), pointer(mask), pointer(offsets), batch, length, gamma, lam, carry,
+            pointer(bootstrap), pointer(advantages), pointer(returns), *shaping, pointer(kl), whiten, eps,
+            num_threads(),
+        )  # fmt: skip
+        return
+    if scores is not None and mask is not None and ends is None:
+        raise ValueError("ends must be given with scores and a mask: they say which token takes the score")
+    workspace = torch.empty(cuda_module().gae_workspace_bytes(n), dtype=torch.uint8, device=device)
+    statistics = torch.empty(3, dtype=torch.float64, device=device) if whiten else None
+    with torch.cuda.device(device):
+        cuda_module().ppo_advantages(
+            pointer(rewards), pointer(values), pointer(mask), pointer(offsets), n, batch, length, gamma, lam, carry,
+            pointer(bootstrap), pointer(ends), pointer(advantages), pointer(returns), *shaping, pointer(rewards),
+            pointer(kl), pointer(statistics), eps, pointer(workspace), _stream(device),
         )  # fmt: skip
 
 

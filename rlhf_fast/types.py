@@ -71,6 +71,15 @@ class ShapedRewards(NamedTuple):
     kl: Tensor
 
 
+class PpoAdvantages(NamedTuple):
+    """What PPO trains on, of the shape of `values`; 0 where masked. `kl` is None without log-probabilities."""
+
+    advantages: Tensor
+    returns: Tensor
+    rewards: Tensor
+    kl: Tensor | None
+
+
 class ValueLoss(NamedTuple):
     """A value loss () and its metrics."""
 

@@ -7,6 +7,7 @@
 #include "../common/affine_scan.h"
 #include "../common/moments.h"
 #include "parallel.h"
+#include "ppo.h"
 
 namespace rlhf {
 namespace {
@@ -50,12 +51,15 @@ void gae_sequence(const GaeArgs& a, const GaeCoefficients<double>& k, int64_t b)
 
 }  // namespace
 
-void gae(const GaeArgs& a, int threads) {
+void gae_sequences(const GaeArgs& a, int64_t first, int64_t last) {
   const GaeCoefficients<double> k(a.gamma, a.lam, a.carry);
+  for (int64_t b = first; b < last; ++b) a.mask ? gae_sequence<true>(a, k, b) : gae_sequence<false>(a, k, b);
+}
+
+void gae(const GaeArgs& a, int threads) {
   const int64_t n = sequence_begin(a, a.batch);
-  parallel_for(a.batch, 1, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) a.mask ? gae_sequence<true>(a, k, b) : gae_sequence<false>(a, k, b);
-  });
+  parallel_for(a.batch, 1, useful_threads(n, threads),
+               [&](int64_t first, int64_t last) { gae_sequences(a, first, last); });
 }
 
 namespace {
@@ -144,6 +148,12 @@ Moments block_moments(const float* x, const uint8_t* mask, int64_t begin, int64_
 }
 
 }  // namespace
+
+Moments moments_of(const float* x, const uint8_t* mask, int64_t begin, int64_t end) {
+  Moments total{0.0, 0.0, 0.0};
+  for (int64_t i = begin; i < end; i += kBlock) total = merge(total, block_moments(x, mask, i, std::min(end, i + kBlock)));
+  return total;
+}
 
 void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int threads) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;

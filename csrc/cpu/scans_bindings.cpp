@@ -1,6 +1,7 @@
 // Export list of the CPU scans: pointers arrive as integers, 0 for none; the GIL is released.
 #include <pybind11/pybind11.h>
 
+#include "ppo.h"
 #include "scans.h"
 
 namespace py = pybind11;
@@ -42,6 +43,20 @@ void bind_scans(py::module_& m) {
         rlhf::gae_tiled(gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
                            advantages, returns),
                              n, tile, lane, as<const uint8_t>(published));
+      },
+      release);
+  m.def(
+      "ppo_advantages",
+      [](uintptr_t rewards, uintptr_t values, uintptr_t mask, uintptr_t offsets, int64_t batch, int64_t length,
+         double gamma, double lam, bool carry, uintptr_t bootstrap, uintptr_t advantages, uintptr_t returns,
+         uintptr_t scores, uintptr_t logprob, uintptr_t ref_logprob, double kl_coef, double kl_clip,
+         double score_clip, int kl_estimator, uintptr_t kl, bool whiten, double eps, int threads) {
+        const rlhf::GaeArgs g = gae_args(rewards, values, mask, offsets, batch, length, gamma, lam, carry, bootstrap,
+                                         advantages, returns);
+        rlhf::ppo_advantages({g, as<const float>(scores), as<const float>(logprob), as<const float>(ref_logprob),
+                              float(kl_coef), float(kl_clip), float(score_clip), kl_estimator, as<float>(rewards),
+                              as<float>(kl), whiten, eps},
+                             threads);
       },
       release);
   m.def(

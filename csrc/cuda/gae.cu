@@ -7,12 +7,15 @@
 // * An aggregate that is constant (some sequence ends in the tile) publishes its state at once: with sequences shorter
 //   than a tile nobody ever waits.
 // * Tiles are numbered by a ticket, so that whoever is waited for is already running.
+// * Rewards may be shaped on the way in (a KL penalty, the score on the last token that counts) and the advantages'
+//   moments taken on the way out; the last tile to finish merges those of all tiles in the order of the tiles.
 // * fp64 state: powers of gamma lam, and sums over long sequences, cost digits that fp32 does not have. The kernel is
 //   bound by memory.
 //
 // Merrill and Garland 2016, "Single-pass parallel prefix scan with decoupled look-back". The order of work is emulated
 // by gae_tiled in csrc/cpu/scans.cpp.
 #include "../common/affine_scan.h"
+#include "moments.cuh"
 #include "scans.h"
 
 namespace rlhf {
@@ -29,8 +32,10 @@ enum : uint32_t { kEmpty = 0, kAggregate = 1, kState = 2 };
 struct TileStatus {
   Affine<double>* aggregate;  // (tiles)
   double* state;              // (tiles)
+  Moments* moments;           // (tiles)
   uint32_t* flag;             // (tiles), zero at launch
   uint32_t* ticket;           // zero at launch
+  uint32_t* finished;         // zero at launch
 };
 
 int64_t tile_count(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -109,6 +114,66 @@ __device__ double look_back(const TileStatus& status, int64_t tile) {
   return state;
 }
 
+__device__ __forceinline__ float kl_value(float d, int estimator) {
+  if (estimator == 0) return d;
+  if (estimator == 1) return fabsf(d);
+  if (estimator == 2) return 0.5f * d * d;
+  const double x = fmin(-double(d), 20.0);
+  return d == d ? float(expm1(x) - x) : d;
+}
+
+// A NaN stays.
+__device__ __forceinline__ float clamp_to(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
+
+// Reward of token i without its sequence's score.
+__device__ __forceinline__ float kl_reward(const GaeCudaArgs& a, int64_t i, bool counts) {
+  float reward = 0.0f;
+  if (a.logprob) {
+    const float kl = counts ? kl_value(a.logprob[i] - a.ref_logprob[i], a.kl_estimator) : 0.0f;
+    a.kl[i] = kl;
+    if (counts) reward = -a.kl_coef * clamp_to(kl, a.kl_clip);
+  }
+  a.shaped[i] = reward;
+  return reward;
+}
+
+// Moments of the tile's advantages (slots of this thread: [from, to)), and of all tiles when this is the last one.
+__device__ void tile_moments(const GaeCudaArgs& a, const TileStatus& status, int64_t tile, int64_t tiles,
+                             const float* s_advantages, const uint8_t* s_counts, int from, int to) {
+  __shared__ bool s_is_last;
+  double count = 0.0, sum = 0.0, m2 = 0.0;
+  for (int j = from; j < to; ++j) {
+    count += s_counts[j] ? 1.0 : 0.0;
+    sum += s_counts[j] ? double(s_advantages[padded(j)]) : 0.0;
+  }
+  const double mean = count > 0.0 ? sum / count : 0.0;
+  for (int j = from; j < to; ++j) {
+    const double deviation = s_counts[j] ? double(s_advantages[padded(j)]) - mean : 0.0;
+    m2 += deviation * deviation;
+  }
+  Moments mine = block_merge<kThreads>({count, mean, m2});
+  if (threadIdx.x == 0) {
+    status.moments[tile] = mine;
+    __threadfence();
+    s_is_last = atomicAdd(status.finished, 1u) == uint32_t(tiles - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  if (!s_is_last) return;
+  mine = {0.0, 0.0, 0.0};
+  for (int64_t t = threadIdx.x; t < tiles; t += kThreads) {
+    const Moments* m = status.moments + t;
+    mine = merge(mine, {__ldcg(&m->count), __ldcg(&m->mean), __ldcg(&m->m2)});
+  }
+  mine = block_merge<kThreads>(mine);
+  if (threadIdx.x == 0) {
+    a.statistics[0] = mine.count;
+    a.statistics[1] = mine.mean;
+    a.statistics[2] = mine.m2;
+  }
+}
+
+template <bool kShaped, bool kMoments>
 __global__ void __launch_bounds__(kThreads) gae_kernel(const GaeCudaArgs a, const TileStatus status) {
   __shared__ float s_rewards[kPadded];
   __shared__ float s_values[kPadded];
@@ -128,9 +193,9 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const GaeCudaArgs a, cons
   // Slot j holds token high - 1 - j: thread 0 has the last tokens, the order of the scan.
   for (int j = thread; j < size; j += kThreads) {
     const int64_t i = high - 1 - j;
-    s_rewards[padded(j)] = a.rewards[i];
-    s_values[padded(j)] = a.values ? a.values[i] : 0.0f;
     s_counts[j] = a.mask ? a.mask[i] : uint8_t(1);
+    s_rewards[padded(j)] = kShaped ? kl_reward(a, i, s_counts[j] != 0) : a.rewards[i];
+    s_values[padded(j)] = a.values ? a.values[i] : 0.0f;
   }
   if (thread == 0) s_high = a.offsets ? find_sequence(a.offsets, 0, a.batch - 1, high - 1) : (high - 1) / a.length;
   if (thread == 32) s_low = a.offsets ? find_sequence(a.offsets, 0, a.batch - 1, low) : low / a.length;
@@ -148,6 +213,11 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const GaeCudaArgs a, cons
     for (int j = from; j < to; ++j) {
       const int64_t token = high - 1 - j;
       at.move_to(a, token);
+      if (kShaped && token == at.last) {  // no other thread has this token; the barrier above ordered the first store
+        const float reward = s_rewards[padded(j)] + clamp_to(a.scores[at.sequence], a.score_clip);
+        s_rewards[padded(j)] = reward;
+        a.shaped[token] = reward;
+      }
       Affine<double> f = gae_map(k, double(s_rewards[padded(j)]), double(s_values[padded(j)]), s_counts[j] != 0);
       if (token == at.last) f = constant_map(f, at.start);
       run = compose(f, run);
@@ -215,10 +285,13 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const GaeCudaArgs a, cons
     if (a.returns) a.returns[i] = s_rewards[padded(j)];
     if (a.advantages) a.advantages[i] = s_values[padded(j)];
   }
+  if (kMoments) tile_moments(a, status, tile, gridDim.x, s_values, s_counts, from, to);
 }
 
-// aggregates | states | flags | ticket
-int64_t flags_begin(int64_t tiles) { return tiles * int64_t(sizeof(Affine<double>) + sizeof(double)); }
+// aggregates | states | moments | flags | ticket | finished
+int64_t flags_begin(int64_t tiles) {
+  return tiles * int64_t(sizeof(Affine<double>) + sizeof(double) + sizeof(Moments));
+}
 
 }  // namespace
 
@@ -226,7 +299,7 @@ const char* error_text(int code) { return cudaGetErrorString(cudaError_t(code));
 
 int64_t gae_workspace_bytes(int64_t n) {
   const int64_t tiles = tile_count(n);
-  return flags_begin(tiles) + (tiles + 1) * int64_t(sizeof(uint32_t));
+  return flags_begin(tiles) + (tiles + 2) * int64_t(sizeof(uint32_t));
 }
 
 int gae(const GaeCudaArgs& a, void* workspace, void* stream) {
@@ -236,12 +309,16 @@ int gae(const GaeCudaArgs& a, void* workspace, void* stream) {
   TileStatus status;
   status.aggregate = reinterpret_cast<Affine<double>*>(bytes);
   status.state = reinterpret_cast<double*>(status.aggregate + tiles);
-  status.flag = reinterpret_cast<uint32_t*>(status.state + tiles);
+  status.moments = reinterpret_cast<Moments*>(status.state + tiles);
+  status.flag = reinterpret_cast<uint32_t*>(status.moments + tiles);
   status.ticket = status.flag + tiles;
-  cudaError_t error = cudaMemsetAsync(status.flag, 0, size_t(tiles + 1) * sizeof(uint32_t),
+  status.finished = status.ticket + 1;
+  cudaError_t error = cudaMemsetAsync(status.flag, 0, size_t(tiles + 2) * sizeof(uint32_t),
                                       static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) return int(error);
-  gae_kernel<<<unsigned(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, status);
+  const auto kernel = a.scores ? (a.statistics ? gae_kernel<true, true> : gae_kernel<true, false>)
+                               : (a.statistics ? gae_kernel<false, true> : gae_kernel<false, false>);
+  kernel<<<unsigned(tiles), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, status);
   return int(cudaGetLastError());
 }
 

@@ -2,7 +2,7 @@
 //
 // * Blocks own fixed ranges of the input, and their results are merged in a fixed order: the same bits in every run.
 // * Two passes over each thread's elements while they sit in registers, Chan's merge above that (common/moments.h).
-#include "../common/moments.h"
+#include "moments.cuh"
 #include "scans.h"
 
 namespace rlhf {
@@ -16,28 +16,6 @@ constexpr int kGroupWarps = 8;
 int block_count(int64_t n) {
   const int64_t blocks = (n + kThreads * kItems - 1) / (kThreads * kItems);
   return int(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
-}
-
-__device__ Moments warp_merge(Moments m) {
-  for (int by = 16; by > 0; by /= 2) {
-    const Moments other = {__shfl_down_sync(0xffffffffu, m.count, by), __shfl_down_sync(0xffffffffu, m.mean, by),
-                           __shfl_down_sync(0xffffffffu, m.m2, by)};
-    m = merge(m, other);  // lanes past the end merge with themselves; lane 0 never reads them
-  }
-  return m;
-}
-
-// The block's moments, in thread 0.
-__device__ Moments block_merge(Moments m) {
-  __shared__ Moments s_warp[kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  m = warp_merge(m);
-  if (lane == 0) s_warp[warp] = m;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kThreads / 32; ++w) m = merge(m, s_warp[w]);
-  }
-  return m;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -64,14 +42,14 @@ __global__ void __launch_bounds__(kThreads)
     }
     mine = merge(mine, {count, mean, m2});
   }
-  mine = block_merge(mine);
+  mine = block_merge<kThreads>(mine);
   if (threadIdx.x == 0) partial[blockIdx.x] = mine;
 }
 
 __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const Moments* partial, int blocks, double* out) {
   Moments mine{0.0, 0.0, 0.0};
   for (int b = threadIdx.x; b < blocks; b += kThreads) mine = merge(mine, partial[b]);
-  mine = block_merge(mine);
+  mine = block_merge<kThreads>(mine);
   if (threadIdx.x == 0) {
     out[0] = mine.count;
     out[1] = mine.mean;

@@ -21,6 +21,15 @@ struct GaeCudaArgs {
   const int64_t* ends;      // (batch) one past the last token that counts, or null: the sequence's end
   float* advantages;        // null: not wanted
   float* returns;
+  // Rewards shaped from scores and log-probabilities, where `scores` is given: `rewards` is then not read.
+  const float* scores;       // (batch)
+  const float* logprob;      // (n), with ref_logprob; null: no KL term
+  const float* ref_logprob;
+  float kl_coef, kl_clip, score_clip;  // clips: infinity for none
+  int kl_estimator;                    // 0 k1, 1 abs, 2 k2, 3 k3
+  float* shaped;                       // (n), the rewards, written
+  float* kl;                           // (n), written where `logprob` is given
+  double* statistics;  // (3) count, mean, m2 of the counted advantages, written; null: not wanted
 };
 
 const char* error_text(int code);

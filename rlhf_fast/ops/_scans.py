@@ -96,6 +96,23 @@ def _scan(
     )  # fmt: skip
 
 
+def ppo_advantages(
+    values: Tensor,
+    scores: Tensor,
+    logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    place: Layout,
+    bootstrap: Tensor | None,
+    **options,
+) -> None:
+    """The compiled kernels of `ops.ppo`; outputs and numbers among the options."""
+    trailing = place.mask is not None and values.device.type != "cpu"
+    _backend_scans.ppo_advantages(
+        values, place.mask, place.offsets, place.length, place.batch, bootstrap,
+        place.ends(values.device) if trailing else None, scores, logprob, ref_logprob, **options,
+    )  # fmt: skip
+
+
 def _torch_scan(
     rewards: Tensor,
     values: Tensor | None,

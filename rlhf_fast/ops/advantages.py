@@ -10,7 +10,7 @@ from rlhf_fast.ops import _scans
 from rlhf_fast.ops._sequences import work_dtype
 from rlhf_fast.types import GroupAdvantages
 
-BASELINES = ("mean", "loo", "opo", "best_other", "batch", "none")
+BASELINES = ("mean", "loo", "opo", "best_other", "pass_at_k", "batch", "none")
 SCALES = ("group", "batch", "centered", "none")
 COMBINES = ("sum_then_normalize", "normalize_then_sum")
 
@@ -23,6 +23,7 @@ ESTIMATORS: dict[str, dict[str, object]] = {
     "reinforce_plus_plus_baseline": {"baseline": "mean", "scale": "centered"},
     "opo": {"baseline": "opo", "scale": "none"},  # and lengths
     "pass_at_k": {"baseline": "best_other", "scale": "group"},
+    "pass_at_k_training": {"baseline": "pass_at_k", "scale": "group", "eps": 0.0},  # and k
     "remax": {"scale": "none"},  # and baseline, the rewards of the greedy answers
 }
 
@@ -31,9 +32,14 @@ def advantage_options(name: str) -> dict[str, object]:
     """Options of `group_advantages` for a named estimator.
 
     grpo (arXiv:2402.03300), dr_grpo (2503.20783), rloo (2402.14740), reinforce_plus_plus and its group-baseline form
-    (2501.03262), opo (2505.23585; needs `lengths`), pass_at_k (2503.19595: k is the group's size), remax (2310.10505;
-    needs `baseline`, the rewards of the greedy answers).
+    (2501.03262), opo (2505.23585; needs `lengths`), pass_at_k (2503.19595: k is the group's size, any rewards),
+    pass_at_k_training (2508.10751; any `k`, passed or not), remax (2310.10505; needs `baseline`, the rewards of the
+    greedy answers).
 
+    Args:
+        name: one of these.
+    Returns: a dict of keyword arguments.
+    Raises: ValueError naming the known ones.
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 0.0]), group_size=3, **advantage_options("rloo")).advantages
         tensor([ 1.0000, -0.5000, -0.5000])
@@ -56,6 +62,7 @@ def group_advantages(
     combine: str = "sum_then_normalize",
     lengths: Tensor | None = None,
     zero_std: str = "keep",
+    k: int | None = None,
 ) -> GroupAdvantages:
     """Advantage of each answer over the other answers to its prompt.
 
@@ -70,8 +77,8 @@ def group_advantages(
         scale: s. "group": std of the group's rewards. "batch": std of the batch's rewards. "centered": std of r - b
             over the batch. "none": no division.
         baseline: b. "mean" of the group; "loo": mean of the others in it; "opo": its mean weighted by `lengths`;
-            "best_other": only the group's single best row gets an advantage, its lead over the second; "batch": mean of
-            the batch; "none": 0; or a (B,) tensor (ReMax).
+            "best_other": only the group's single best row gets an advantage, its lead over the second; "pass_at_k": see
+            k; "batch": mean of the batch; "none": 0; or a (B,) tensor (ReMax).
         ddof: 1 for the unbiased std, 0 for the biased one. eps: added to s.
         weights: (K,) of the reward functions; None: ones. A row whose function k gave NaN counts the others only.
         combine: "sum_then_normalize": the weighted sum is the reward. "normalize_then_sum": each function is first
@@ -79,10 +86,17 @@ def group_advantages(
             (unless scale is "none"). Then baseline must be "mean" and scale "group" or "none".
         lengths: (B,) tokens of each answer, for baseline "opo".
         zero_std: "keep", or "mask": rows of groups whose std is 0 become invalid (DAPO's dynamic sampling).
+        k: for baseline "pass_at_k": the reward is that of k answers drawn from the group, 1 if one of them passes (its
+            reward is > 0). A row's advantage is the mean over the draws it is in, less the mean P over all draws, and
+            s their std sqrt(P (1 - P)), whatever ddof; in closed form, with f of n answers failing,
+            P = 1 - C(f, k) / C(n, k),   A = 1 - P if it passes, else 1 - P - C(f - 1, k - 1) / C(n - 1, k - 1).
+            scale must be "group" or "none". k = 1 is baseline "mean" with ddof 0. A group of fewer than k counts as k.
+            Groups with P = 1 or 0 are those with zero_std.
     Returns: GroupAdvantages(advantages, mean, std, count, zero_std, valid, num_invalid), fp32 (fp64 for fp64 rewards).
     Raises: ValueError naming the tensor, what was expected and what came.
-    Source: see `advantage_options`; normalize_then_sum is GDPO's (arXiv:2601.05242). Defaults are TRL 1.16's (unbiased
-        std + 1e-4); verl has 1e-6.
+    Source: see `advantage_options`; "pass_at_k" is the analytic estimator of Chen et al. 2025 (arXiv:2508.10751); Walder
+        and Karkhanis (2505.15201) weight by the same binomials without subtracting P. normalize_then_sum is GDPO's
+        (2601.05242). Defaults are TRL 1.16's (unbiased std + 1e-4); verl has 1e-6.
     Notes: a reward that is not finite leaves its group: advantage 0, valid False, counted in num_invalid. A group of
         one gets exactly 0 with a baseline of its own (verl gives the raw reward), and so does any row whose s is 0,
         however small the rewards: statistics are two-pass, in fp64. reinforce_plus_plus normalises over sequences; for
@@ -92,7 +106,7 @@ def group_advantages(
         >>> group_advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), group_size=2, eps=0.0).advantages
         tensor([-0.7071,  0.7071,  0.0000,  0.0000])
     """
-    _check_options(rewards, scale, baseline, ddof, eps, weights, combine, lengths, zero_std)
+    _check_options(rewards, scale, baseline, ddof, eps, weights, combine, lengths, zero_std, k)
     groups = _groups(rewards, group_size, group_ids)
     r = rewards.detach().double()
     if r.dim() == 2:
@@ -105,26 +119,29 @@ def group_advantages(
     stats = _scans.group_stats(r, groups.order, groups.offsets)
     count, mean, std = stats[0][groups.index], stats[1][groups.index], _std(stats, ddof)[groups.index]
     batch = _scans.group_stats(r, None, _whole(r))[:, 0]
+    spread = std  # what scale "group" divides by
     b = baseline.detach().double() if isinstance(baseline, Tensor) else None
     valid = finite if b is None else finite & torch.isfinite(b)
     r = r.where(valid, 0.0)
     if b is not None:
         advantages = r - b.where(valid, 0.0)
+    elif baseline == "pass_at_k":
+        advantages, spread = _pass_at_k(r, finite, groups, count, k)
     else:
         advantages = _subtract(r, baseline, finite, groups, count, mean, batch[1], lengths)
     advantages = advantages.where(valid, 0.0)
 
     if scale != "none":
         if scale == "group":
-            denominator = std
+            denominator = spread
         elif scale == "batch":
             denominator = _std(batch, ddof).expand_as(std)
         else:
-            spread = advantages.where(valid, torch.nan)
-            denominator = _std(_scans.group_stats(spread, None, _whole(spread))[:, 0], ddof).expand_as(std)
+            centred = advantages.where(valid, torch.nan)
+            denominator = _std(_scans.group_stats(centred, None, _whole(centred))[:, 0], ddof).expand_as(std)
         none = denominator == 0
         advantages = (advantages / (denominator + eps).masked_fill(none, 1.0)).masked_fill(none, 0.0)
-    degenerate = std == 0
+    degenerate = spread == 0
     if zero_std == "mask":
         valid = valid & ~degenerate
         advantages = advantages.where(valid, 0.0)
@@ -215,6 +232,24 @@ def _subtract(
     return torch.where(alone, r - second.where(alone, 0.0), 0.0)
 
 
+def _pass_at_k(r: Tensor, finite: Tensor, groups: _Groups, count: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(B,) advantage by draws of k, and (B,) the std of a draw's reward.
+
+    With Q = C(f - 1, k - 1) / C(n - 1, k - 1) the closed form is Q f / n for a row that passes, -Q (n - f) / n for one
+    that fails, and 1 - P = Q f / n.
+    """
+    passes = (r > 0) & finite
+    passed = groups.sum(passes.double())
+    failed = count - passed
+    others = torch.ones_like(r)
+    for j in range(1, k):  # past the group's size nothing is left to draw
+        others = torch.where(count > j, others * (failed - j).clamp(min=0) / (count - j).clamp(min=1), others)
+    share = others / count.clamp(min=1)
+    advantages = torch.where(passes, share * failed, -share * passed).where(finite, 0.0)
+    missed = share * failed
+    return advantages, (missed * (1 - missed)).clamp(min=0).sqrt()
+
+
 def _normalized(column: Tensor, groups: _Groups, ddof: int, eps: float) -> Tensor:
     """(B,) rewards of one function, normalised within their groups; NaN where there is none."""
     stats = _scans.group_stats(column.contiguous(), groups.order, groups.offsets)
@@ -240,6 +275,7 @@ def _check_options(
     combine: str,
     lengths: Tensor | None,
     zero_std: str,
+    k: int | None,
 ) -> None:
     _checks.check_float("rewards", rewards)
     if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
@@ -258,6 +294,13 @@ def _check_options(
     if isinstance(baseline, Tensor):
         _checks.check_float("baseline", baseline)
         _checks.check_shape("baseline", baseline, rows, "(B,)")
+    if isinstance(baseline, str) and baseline == "pass_at_k":
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be an int >= 1 with baseline pass_at_k, got {k!r}")
+        if scale not in ("group", "none"):
+            raise ValueError(f"scale must be group or none with baseline pass_at_k, got {scale!r}")
+    elif k is not None:
+        raise ValueError(f"k goes with baseline pass_at_k, got k={k!r}")
     if weights is not None:
         if rewards.dim() != 2:
             raise ValueError(f"weights go with rewards (B, K), got rewards {_checks.shape_str(rewards.shape)}")

@@ -134,7 +134,7 @@ def _keeps_graph() -> bool:
 
 
 def _upstream(grad: Tensor, stored: Tensor, like: Tensor, last: bool) -> Tensor:
-    """grad * stored; in the same memory if nobody will ask again (fresh pages cost more than the pass that fills them)."""
+    """grad * stored; in the same memory if nobody will ask again: fresh pages cost more than the pass itself."""
     if not last:
         return torch.ops.rlhf_fast.policy_clip_scale(grad, stored, like)
     if grad.is_cuda or grad.item() != 1.0:

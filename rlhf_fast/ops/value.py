@@ -57,16 +57,16 @@ def gae(
         >>> gae(rewards, values, lam=1.0, cu_seqlens=torch.tensor([0, 3, 5])).returns
         tensor([1., 1., 1., 2., 2.])
     """
-    place = _place("rewards", rewards, cu_seqlens, mask, mask_mode)
+    place = place_of("rewards", rewards, cu_seqlens, mask, mask_mode)
     _checks.check_float("values", values)
     _checks.check_shape("values", values, rewards.shape, "rewards' shape ")
     _checks.check_same_device(rewards=rewards, values=values)
-    _check_unit("gamma", gamma)
-    _check_unit("lam", lam)
+    check_unit("gamma", gamma)
+    check_unit("lam", lam)
     dtype = torch.promote_types(work_dtype(rewards), work_dtype(values))
     advantages, returns = _scans.gae(
         flat(rewards, dtype), flat(values, dtype), place.offsets, place.batch, place.length, place.mask,
-        _start_values(place, rewards, terminated, bootstrap, dtype), float(gamma), float(lam), mask_mode == "carry",
+        start_values(place, rewards, terminated, bootstrap, dtype), float(gamma), float(lam), mask_mode == "carry",
     )  # fmt: skip
     return Gae(advantages.reshape(rewards.shape), returns.reshape(rewards.shape))
 
@@ -94,12 +94,12 @@ def discounted_returns(
         >>> discounted_returns(torch.tensor([[0.0, 0.0, 4.0]]), gamma=0.5)
         tensor([[1., 2., 4.]])
     """
-    place = _place("rewards", rewards, cu_seqlens, mask, mask_mode)
-    _check_unit("gamma", gamma)
+    place = place_of("rewards", rewards, cu_seqlens, mask, mask_mode)
+    check_unit("gamma", gamma)
     dtype = work_dtype(rewards)
     returns = _scans.discounted_returns(
         flat(rewards, dtype), place.offsets, place.batch, place.length, place.mask,
-        _start_values(place, rewards, terminated, bootstrap, dtype), float(gamma), mask_mode == "carry",
+        start_values(place, rewards, terminated, bootstrap, dtype), float(gamma), mask_mode == "carry",
     )  # fmt: skip
     return returns.reshape(rewards.shape)
 
@@ -263,14 +263,18 @@ def _global_moments(statistics: Tensor, process_group: dist.ProcessGroup) -> Ten
     return torch.stack([first[0], global_mean, second])
 
 
-def _place(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mask_mode: str) -> Layout:
+# ---- checks, shared with `ops.ppo` ----
+
+
+def place_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mask_mode: str) -> Layout:
+    """How `tensor` lies, checked."""
     _checks.check_float(name, tensor)
     if mask_mode not in MASK_MODES:
         raise ValueError(f"mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}")
     return layout(name, tensor, cu_seqlens, mask)
 
 
-def _start_values(
+def start_values(
     place: Layout, like: Tensor, terminated: Tensor | None, bootstrap: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
     """(B,) values after the end, 0 where terminated; None for zeros."""
@@ -288,6 +292,7 @@ def _start_values(
     return start.masked_fill(terminated.bool(), 0.0)
 
 
-def _check_unit(name: str, value: float) -> None:
+def check_unit(name: str, value: float) -> None:
+    """Raise unless `value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")

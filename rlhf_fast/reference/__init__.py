@@ -13,7 +13,14 @@ from rlhf_fast.reference.logprob import (
 )
 from rlhf_fast.reference.policy import kl_estimate, policy_loss
 from rlhf_fast.reference.preference import kto_kl, kto_loss, preference_loss, reward_loss
-from rlhf_fast.reference.value import discounted_returns, gae, masked_whiten, shape_rewards, value_loss
+from rlhf_fast.reference.value import (
+    discounted_returns,
+    gae,
+    masked_whiten,
+    ppo_advantages,
+    shape_rewards,
+    value_loss,
+)
 from rlhf_fast.reference.vocab_parallel import vocab_parallel_logprob
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "logprob_from_logits",
     "masked_whiten",
     "policy_loss",
+    "ppo_advantages",
     "preference_loss",
     "reward_loss",
     "shape_rewards",

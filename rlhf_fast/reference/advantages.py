@@ -56,6 +56,16 @@ def subtract_baseline(r: Tensor, baseline: str, batch_mean: Tensor, lengths: Ten
     raise ValueError(f"unknown baseline {baseline!r}")
 
 
+def pass_at_k(r: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Advantage of each row (n,) and std () of the reward of k draws without repetition: 1 if one of them passes."""
+    n, failed = len(r), int((r <= 0).sum())
+    k = min(k, n)
+    missed = math.comb(failed, k) / math.comb(n, k)
+    without = math.comb(failed - 1, k - 1) / math.comb(n - 1, k - 1) if failed else 0.0
+    advantages = torch.where(r > 0, torch.full_like(r, missed), torch.full_like(r, missed - without))
+    return advantages, r.new_tensor(math.sqrt(missed * (1 - missed)))
+
+
 def combine_rewards(rewards: Tensor, weights: Tensor | None) -> Tensor:
     """(B, K) -> (B,): weighted sum of the components that a row has; NaN when it has none."""
     weights = rewards.new_ones(rewards.shape[1]) if weights is None else weights.to(rewards.dtype)
@@ -77,6 +87,7 @@ def group_advantages(
     combine: str = "sum_then_normalize",
     lengths: Tensor | None = None,
     zero_std: str = "keep",
+    k: int | None = None,
 ) -> GroupAdvantages:
     """A_i = (r_i - baseline_i) / (std + eps) over the finite rewards of each group."""
     groups = group_rows(len(rewards), group_size, group_ids)
@@ -98,28 +109,31 @@ def group_advantages(
     if isinstance(baseline, Tensor):
         valid = valid & torch.isfinite(baseline)
     batch_mean, batch_std = mean_std(rewards[torch.isfinite(rewards)], ddof)
-    advantages, mean, std = (torch.zeros_like(rewards) for _ in range(3))
+    advantages, mean, std, spread = (torch.zeros_like(rewards) for _ in range(4))
     count = torch.zeros(len(rewards), dtype=torch.int64)
     for rows in groups:
         have = [i for i in rows if math.isfinite(rewards[i])]
         r = rewards[have]
         mean[rows], std[rows] = mean_std(r, ddof)
+        spread[rows] = std[rows]
         count[rows] = len(have)
         if not have:
             continue
         if isinstance(baseline, Tensor):
             advantages[have] = r - baseline[have].to(r.dtype)
+        elif baseline == "pass_at_k":
+            advantages[have], spread[rows] = pass_at_k(r, k)
         else:
             l = None if lengths is None else lengths[have].to(r.dtype)
             advantages[have] = subtract_baseline(r, baseline, batch_mean, l)
     if scale == "centered":
         batch_std = mean_std(advantages[valid], ddof)[1]
     if scale != "none":
-        denominator = std if scale == "group" else batch_std.expand_as(std)
+        denominator = spread if scale == "group" else batch_std.expand_as(std)
         scaled = advantages / (denominator + eps)
         advantages = torch.where(denominator == 0, torch.zeros_like(scaled), scaled)
     if zero_std == "mask":
-        valid = valid & (std != 0)
+        valid = valid & (spread != 0)
     advantages = torch.where(valid, advantages, torch.zeros_like(advantages))
     invalid = (~torch.isfinite(rewards)).sum()
-    return GroupAdvantages(advantages, mean, std, count, std == 0, valid, invalid)
+    return GroupAdvantages(advantages, mean, std, count, spread == 0, valid, invalid)

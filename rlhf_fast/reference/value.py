@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.reference.policy import kl_estimate
-from rlhf_fast.types import Gae, ShapedRewards, ValueLoss
+from rlhf_fast.types import Gae, PpoAdvantages, ShapedRewards, ValueLoss
 
 
 def sequences(shape: torch.Size, cu_seqlens: Tensor | None, mask: Tensor | None) -> Iterator[tuple[range, list[int]]]:
@@ -139,6 +139,40 @@ def masked_whiten(
     if not shift_mean:
         out = out + mean
     return torch.zeros_like(values).masked_scatter(mask, out)
+
+
+def ppo_advantages(
+    scores: Tensor,
+    values: Tensor,
+    logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    *,
+    kl_coef: float = 0.05,
+    kl_estimator: str = "k1",
+    kl_clip: float | None = None,
+    score_clip: float | None = None,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    mask_mode: str = "carry",
+    terminated: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    whiten: bool = True,
+) -> PpoAdvantages:
+    """shape_rewards, then gae, then masked_whiten of the advantages."""
+    where = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    rewards, kl = shape_rewards(
+        scores, logprob, ref_logprob, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_clip=kl_clip,
+        score_clip=score_clip, cu_seqlens=cu_seqlens, mask=where,
+    )  # fmt: skip
+    advantages, returns = gae(
+        rewards, values, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, mask=mask, mask_mode=mask_mode,
+        terminated=terminated, bootstrap=bootstrap,
+    )  # fmt: skip
+    if whiten:
+        advantages = masked_whiten(advantages, mask)
+    return PpoAdvantages(advantages, returns, rewards, None if logprob is None else kl)
 
 
 def value_loss(
