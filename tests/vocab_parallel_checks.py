@@ -282,6 +282,10 @@ def which_gradients_are_wanted(group):
     with torch.no_grad():
         assert not linear_logprob(h, only, target, group=group).logprob.requires_grad
         assert not fused_linear_loss(h, only, target, nll, batch={"w": 1.0}, group=group).loss.requires_grad
+    into, h = torch.ones_like(shard), leaf(hidden)
+    loss = fused_linear_loss(h, shard, target, nll, batch={"w": -1.0}, group=group, weight_grad=into).loss
+    loss.backward()
+    close([into - 1, h.grad], [only.grad, frozen.grad])
     b = leaf(mine(bias, sizes, group))
     linear_logprob(hidden, shard, target, bias=b, group=group).logprob.sum().backward()
     assert b.grad.shape == b.shape

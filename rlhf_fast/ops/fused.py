@@ -108,9 +108,10 @@ def fused_linear_loss(
             segments = None
         entropy = entropy or bool(getattr(loss_fn, "needs_entropy", False))
         lora_a, lora_b, scaling = check_lora(lora, hidden, weight)
+        if weight_grad is not None:
+            _check_weight_grad(weight_grad, weight)
     want = wanted(hidden, weight, bias, lora_a, lora_b)
     if weight_grad is not None:
-        _check_weight_grad(weight_grad, weight)
         want = want._replace(weight=torch.is_grad_enabled())
     low_rank = None if lora_a is None else Lora(lora_a, lora_b, scaling)
     call = Call(loss_fn, batch, segments, entropy, tf, ignore_index, chunk, budget, want, low_rank, name)
