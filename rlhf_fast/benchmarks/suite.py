@@ -15,9 +15,9 @@ from rlhf_fast.benchmarks.measure import (
     Timing,
     cuda_extra_bytes,
     flops,
-    interleaved,
     limit,
     limit_share,
+    race,
     synchronize,
     traffic,
 )
@@ -100,7 +100,7 @@ def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -
     notify(f"{case.label}: {len(steps)} providers timed over {options.rounds} rounds")
     calls = {LIMIT: limit(case, x), **steps}
     calls[LIMIT]()
-    timings = interleaved(calls, case.device, options.rounds)
+    timings = race(calls, case.device, options.rounds, LIMIT)
     floor = timings.pop(LIMIT)
     share = limit_share(case)
     floor = Timing(floor.median * share, floor.best * share, [s * share for s in floor.rounds])
