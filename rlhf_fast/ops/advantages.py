@@ -94,7 +94,7 @@ def group_advantages(
             Groups with P = 1 or 0 are those with zero_std.
     Returns: GroupAdvantages(advantages, mean, std, count, zero_std, valid, num_invalid), fp32 (fp64 for fp64 rewards).
     Raises: ValueError naming the tensor, what was expected and what came.
-    Source: see `advantage_options`; "pass_at_k" is the analytic estimator of Chen et al. 2025 (arXiv:2508.10751); Walder
+    Source: see `advantage_options`; "pass_at_k" is the analytic estimator of Chen et al. (arXiv:2508.10751); Walder
         and Karkhanis (2505.15201) weight by the same binomials without subtracting P. normalize_then_sum is GDPO's
         (2601.05242). Defaults are TRL 1.16's (unbiased std + 1e-4); verl has 1e-6.
     Notes: a reward that is not finite leaves its group: advantage 0, valid False, counted in num_invalid. A group of
