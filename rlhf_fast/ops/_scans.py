@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _backend, _backend_scans
+from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._sequences import Layout, check_offsets
 
 
@@ -33,7 +34,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), each (N,)."""
     place = Layout(offsets, batch, length, rewards.numel(), mask)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = huge(torch.empty_like(rewards)), huge(torch.empty_like(rewards))
     _scan("gae", rewards, values, place, bootstrap, gamma, lam, carry, advantages, returns)
     return advantages, returns
 
@@ -56,7 +57,7 @@ def discounted_returns(
 ) -> Tensor:
     """(N,): GAE's returns with lam = 1 and no values."""
     place = Layout(offsets, batch, length, rewards.numel(), mask)
-    returns = torch.empty_like(rewards)
+    returns = huge(torch.empty_like(rewards))
     _scan("discounted_returns", rewards, None, place, bootstrap, gamma, 1.0, carry, None, returns)
     return returns
 
@@ -185,7 +186,7 @@ def _torch_moments(x: Tensor, counted: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor | None, statistics: Tensor, shift_mean: bool, ddof: int, eps: float) -> Tensor:
     """(N,): x whitened with statistics (3,) as `moments` gives them; 0 where masked."""
     if native(x, "masked_whiten"):
-        out = torch.empty_like(x)
+        out = huge(torch.empty_like(x))
         _backend_scans.whiten(x, mask, statistics, shift_mean=shift_mean, ddof=ddof, eps=eps, out=out)
         return out
     count, mean, m2 = statistics

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _backend, _backend_policy
+from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._policy_terms import SUMS, ClipTerms, stat_dtype
 from rlhf_fast.ops._policy_torch import blocked_torch_clip, ratio_range, torch_clip
 
@@ -211,8 +212,8 @@ def _cpp_clip(
 
     n = logprob.numel()
     segments = n // max(length, 1) if offsets is None else offsets.numel() - 1
-    dlogprob = torch.empty(n)
-    dentropy = torch.empty(n) if _has_dentropy(entropy, terms.entropy_coef) else None
+    dlogprob = huge(torch.empty(n))
+    dentropy = huge(torch.empty(n)) if _has_dentropy(entropy, terms.entropy_coef) else None
     sums = torch.empty(len(SUMS))
     _backend_policy.policy_clip(
         ready(logprob), ready(old_logprob), ready(advantages), ready(weight), mask, ready(policy_weight),

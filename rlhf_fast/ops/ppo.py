@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops import _scans
+from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._sequences import Layout, check_offsets, flat, work_dtype
 from rlhf_fast.ops.kl import check_estimator
 from rlhf_fast.ops.value import check_unit, gae, masked_whiten, place_of, shape_rewards, start_values
@@ -113,8 +114,8 @@ def _ppo_advantages(
     if offsets is not None:
         check_offsets(offsets, values.numel())
     if _scans.native(values, "ppo_advantages") and values.numel():
-        rewards, advantages, returns = (torch.empty_like(values) for _ in range(3))
-        kl = None if logprob is None else torch.empty_like(values)
+        rewards, advantages, returns = (huge(torch.empty_like(values)) for _ in range(3))
+        kl = None if logprob is None else huge(torch.empty_like(values))
         place = Layout(offsets, batch, length, values.numel(), mask)
         _scans.ppo_advantages(
             values, scores, logprob, ref_logprob, place, bootstrap,
