@@ -2,6 +2,9 @@
 
 import os
 
+# Before torch loads its OpenMP: threads that wait by spinning make tiny ops crawl on a machine that others use too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 ON_GPU = torch.cuda.is_available()
