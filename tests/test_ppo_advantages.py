@@ -100,6 +100,18 @@ def test_what_stands_under_the_mask_never_matters(backend, poison, mode):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_far_log_ratios(backend, estimator):
+    """k3 is bounded where its exponential would run away: 40 nats above the policy, and 200."""
+    t = case(4, [6, 3])
+    t["ref_logprob"] = t["logprob"] + torch.tensor([40.0, 200, -40, -200, 19, 21, 0, 1, -1])
+    t["mask"] = torch.ones(9, dtype=torch.bool)
+    options = dict(kl_coef=1e-6, kl_estimator=estimator, whiten=False)
+    with use_backend(backend):
+        same(ppo_advantages(**t, **options), composed(**t, **options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_is_packed(backend):
     lengths, width = [5, 9, 1, 7], 9
     t = case(5, lengths)
