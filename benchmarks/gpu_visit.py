@@ -22,7 +22,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9.5
 DOCTOR = "import sys; from rlhf_fast.cli.main import app; sys.argv[1:] = ['doctor']; app()"
-GPU_TESTS = ["tests/test_triton_row_pass.py", "tests/test_linear_logprob.py", "tests/test_fused_linear_loss.py"]
+GPU_TESTS = [
+    "tests/test_triton_row_pass.py",
+    "tests/test_engine_device.py",
+    "tests/test_triton_policy.py",
+    "tests/test_divergence_rows.py",
+]
 
 # op, shape, dtype, share of zero advantages; the targets of the design's table first
 CASES = [
