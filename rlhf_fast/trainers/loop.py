@@ -76,6 +76,7 @@ class Loop:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
+            fused=True,  # one pass over the parameters, on the CPU as well
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.state = TrainerState(is_world_process_zero=self.main, is_local_process_zero=self.main)
