@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_fast.trainers.config import SFTConfig, load_config, make_config
+from rlhf_fast.trainers.config import load_config, make_config
+from rlhf_fast.trainers.sft_config import SFTConfig
 
 pytest.importorskip("yaml")
 

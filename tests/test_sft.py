@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from rlhf_fast.losses.nll import NLL
 from rlhf_fast.ops.fused import fused_linear_loss
-from rlhf_fast.trainers.config import SFTConfig
 from rlhf_fast.trainers.data import Collator, tokenize_sft
 from rlhf_fast.trainers.hf_utils import last_checkpoint, load_model
 from rlhf_fast.trainers.readers import Rows
 from rlhf_fast.trainers.run_log import read_log
 from rlhf_fast.trainers.sft import SFTTrainer, run_sft
+from rlhf_fast.trainers.sft_config import SFTConfig
 
 VOCAB = 18
 

@@ -28,7 +28,11 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "sft": Stage("rlhf_fast.trainers.config:SFTConfig", "rlhf_fast.trainers.sft:run_sft"),
+    "sft": Stage("rlhf_fast.trainers.sft_config:SFTConfig", "rlhf_fast.trainers.sft:run_sft"),
+    "rm": Stage("rlhf_fast.trainers.rm_config:RMConfig", "rlhf_fast.trainers.rm:run_rm"),
+    "dpo": Stage("rlhf_fast.trainers.dpo_config:DPOConfig", "rlhf_fast.trainers.dpo:run_dpo"),
+    "kto": Stage("rlhf_fast.trainers.kto_config:KTOConfig", "rlhf_fast.trainers.kto:run_kto"),
+    "ppo": Stage("rlhf_fast.trainers.ppo_config:PPOConfig", "rlhf_fast.trainers.ppo:run_ppo"),
     "grpo": Stage("rlhf_fast.trainers.grpo_config:GRPOConfig", "rlhf_fast.trainers.grpo:run_grpo"),
 }
 
@@ -150,12 +154,10 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class SFTConfig(RunConfig):
-    """Supervised fine-tuning with `transformers.Trainer`."""
+class TrainerConfig(RunConfig):
+    """A stage that runs on `transformers.Trainer`: the other fields of its TrainingArguments are keys as well."""
 
-    stage: str = "sft"
-    train_on_prompt: bool = False  # score the prompt's tokens as well
-    training_arguments: dict[str, Any] = field(default_factory=dict)  # other fields of TrainingArguments
+    training_arguments: dict[str, Any] = field(default_factory=dict)
 
     takes_training_arguments: ClassVar[bool] = True
 

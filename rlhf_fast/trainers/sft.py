@@ -29,11 +29,11 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.losses.nll import NLL
 
 from .callbacks import QuietProgress, RunLogCallback, SkipBrokenSteps
-from .config import SFTConfig
 from .data import Collator, TokenDataset, check_vocabulary, tokenize_sft
 from .hf_utils import load_model, load_tokenizer, ready_tokenizer, resume_path, vocabulary_size
 from .readers import Rows, read_rows
 from .run_log import RunLog, peak_memory_mb, write_atomic
+from .sft_config import SFTConfig
 
 
 class SFTTrainer(Trainer):
