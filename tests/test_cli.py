@@ -137,10 +137,10 @@ def test_interrupt_has_its_own_code(config, monkeypatch):
 
 def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("rlhf_fast.cli.demo.demo", lambda *a, **k: seen.append((a, k)), raising=False)
+    monkeypatch.setattr("rlhf_fast.cli.demos.demo", lambda *a, **k: seen.append((a, k)), raising=False)
     assert invoke("demo", "grpo", "--output", tmp_path, "--seed", "3").exit_code == 0
     assert invoke("demo").exit_code == 0
-    assert seen == [(("grpo",), {"seed": 3, "output": tmp_path}), (("grpo",), {"seed": 0})]
+    assert seen == [(("grpo", tmp_path, 3), {}), (("grpo", None, 0), {})]
 
 
 def test_version():

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from rlhf_fast.cli.demo import make_tokenizer  # noqa: E402
+from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers import grpo  # noqa: E402
 from rlhf_fast.trainers.config import make_config  # noqa: E402
 from rlhf_fast.trainers.data import Prompt  # noqa: E402

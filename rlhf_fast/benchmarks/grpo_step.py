@@ -80,16 +80,10 @@ def run(rounds: int = 3, cycles: int = CYCLES, notify: Notify = lambda text: Non
 
 def prepare(folder: Path, cycles: int, seed: int) -> list[dict[str, str]]:
     """The demo's model after its SFT, under `folder`/sft; prompts and answers for the cycles."""
-    from transformers.utils import logging
+    from rlhf_fast.cli.demos import task
 
-    from rlhf_fast.cli import demo
-    from rlhf_fast.trainers.config import load_config
-    from rlhf_fast.trainers.config import run as run_stage
-
-    logging.disable_progress_bar()
-    sft, _ = demo.prepare(folder, seed, cycles + 1, {"disable_tqdm": True})
-    run_stage(load_config(sft))
-    pairs = demo.make_rows(PROMPTS * (cycles + 1), seed + 1)
+    task.start(folder, seed, cycles, title="grpo", quiet=True)
+    pairs = task.make_rows(PROMPTS * (cycles + 1), seed + 1)
     return [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
 
 

@@ -55,13 +55,12 @@ def train(
 
 @app.command()
 def demo(
-    name: Annotated[str, typer.Argument(help="Which demo.")] = "grpo",
+    name: Annotated[str, typer.Argument(help="grpo, ... or all.")] = "grpo",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for what it leaves.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
     """Watch a small model learn on a task that needs no download."""
-    given = {} if output is None else {"output": output}
-    _call("demo", "demo", name, seed=seed, **given)
+    _call("demos", "demo", name, output, seed)
 
 
 @app.command()
