@@ -94,7 +94,7 @@ def test_registries(host):
 
     with patch(Register("hosty.maths", "REGISTRY", "ours", new_score)).apply():
         assert maths.REGISTRY["ours"] is new_score
-    assert maths.REGISTRY == {"own": len}
+    assert list(maths.REGISTRY) == ["own"]
     with pytest.raises(PatchError, match="has an entry 'own' already"):
         patch(Register("hosty.maths", "REGISTRY", "own", new_score)).apply()
     with pytest.raises(PatchError, match=r"hosty\.maths\.score must be a dict"):
@@ -110,7 +110,7 @@ def test_registries(host):
     [
         (
             Replace("hosty.maths", "score", new_score, {"": "(x)"}),
-            r"signature \(x, scale=1.0\); this patch knows \(x\)",
+            r"\(x, scale=1.0\); this patch knows \(x\)",
         ),
         (Replace("hosty.maths", "score", new_score, {"": ("(x)", "(y)")}), r"knows \(x\) and \(y\)"),
         (Replace("hosty.maths", "Loss", object, {"forward": "(self, y)"}), r"Loss\.forward has the signature"),
