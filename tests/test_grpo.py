@@ -552,7 +552,7 @@ def test_rewards_get_columns_and_chat_prompts_stay_chat(tmp_path):
 
 def test_every_prompt_is_seen_once_an_epoch(tmp_path):
     it = trainer(tmp_path, per_device_train_batch_size=8, steps_per_generation=1)
-    texts = [p.text for _ in range(8) for p in it._next_prompts()]
+    texts = [p.text for _ in range(8) for p in it.next_prompts()]
     assert sorted(texts[:8]) == sorted(texts[8:16]) == sorted(PROMPTS)
     assert texts[:8] != texts[8:]
     it = trainer(tmp_path, max_steps=-1, num_train_epochs=3.0)

@@ -18,25 +18,20 @@ Departures from the textbook, each exact:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.ops.advantages import group_advantages
-from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, tokenize_prompts
+from rlhf_fast.trainers.data import Prompt
 from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience, collate, cut_rows
 from rlhf_fast.trainers.grpo_config import GRPOConfig
-from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
-from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
-from rlhf_fast.trainers.readers import Rows, read_rows
-from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, make_sampler
+from rlhf_fast.trainers.policy import Reference, updating_mode
+from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
+from rlhf_fast.trainers.rollout import Rollout
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
 PROPORTIONAL = frozenset(
@@ -58,21 +53,16 @@ PROPORTIONAL = frozenset(
 )
 
 
-class GRPOTrainer:
+class GRPOTrainer(RLTrainer):
     """Group Relative Policy Optimization of a causal LM.
 
-    Args:
-        model: a transformers causal LM, plain or a PEFT model; its head is fused here.
-        processing_class: the tokenizer.
-        train_dataset: rows (dicts with "prompt" or "messages"; other columns go to the reward functions) or `Prompt`s.
-        reward_funcs: callables or import paths; see `rlhf_fast.trainers.rewards`. Default: the config's.
-        config: `GRPOConfig`.
-        eval_dataset: prompts on which `evaluate` measures the rewards.
-        callbacks: `TrainerCallback`s.
+    Args: see `RLTrainer`; `config` is a `GRPOConfig`.
     Example:
         trainer = GRPOTrainer(model, tokenizer, [{"prompt": "2+2="}], reward, GRPOConfig(output_dir="out"))
         summary = trainer.train()
     """
+
+    config: GRPOConfig
 
     def __init__(
         self,
@@ -85,27 +75,15 @@ class GRPOTrainer:
         eval_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.config = config = config or GRPOConfig()
-        if not config.output_dir:
-            raise ValueError("output_dir is required")
-        self.tokenizer = ready_tokenizer(processing_class)
-        self.rewards = Rewards(config.reward_funcs if reward_funcs is None else reward_funcs, config.reward_weights)
-        self.prompts = as_prompts(train_dataset, self.tokenizer, config, vocabulary_size(model))
-        self.eval_prompts = eval_dataset and as_prompts(eval_dataset, self.tokenizer, config, vocabulary_size(model))
+        config = config or GRPOConfig()
         self.loss = config.policy_loss()
-        self.reference = Reference(model) if config.beta else None
-        if config.gradient_checkpointing:
-            enable_checkpointing(model)
-        self.loop = Loop(fuse_lm_head(model), self.tokenizer, config, callbacks, config.max_skipped_steps)
-        self.model, self.accelerator = self.loop.model, self.loop.accelerator
+        rest = dict(eval_dataset=eval_dataset, callbacks=callbacks)
+        super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
-        self.prompts_per_rollout, self.minibatches_per_rollout = config.sizes(self.accelerator.num_processes)
-        self.sampler = self._sampler(greedy=False)
-        self.order = torch.Generator().manual_seed(config.seed)  # of the prompts
-        self.shuffle = torch.Generator().manual_seed(config.seed + 1 + self.accelerator.process_index)
-        self._queue: list[int] = []
-        self._prompts_seen = 0
+
+    def prepare_model(self, model: nn.Module) -> None:
+        self.reference = Reference(model) if self.config.beta else None
 
     def train(self) -> dict[str, Any]:
         """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds."""
@@ -116,7 +94,7 @@ class GRPOTrainer:
             loop.log.log(0, self.evaluate())
         first = last = None
         while not loop.done:
-            prompts = self._next_prompts()
+            prompts = self.next_prompts()
             with loop.timed("rollout"):
                 rollout = self.sampler([p.ids for p in prompts], config.num_generations)
             with loop.timed("scoring"):
@@ -129,7 +107,7 @@ class GRPOTrainer:
                         break
                     with loop.timed("update"):
                         self.update(minibatch, on_policy=iteration == k == 0)
-                    loop.state.epoch = round(self._prompts_seen / len(self.prompts), 4)
+                    loop.state.epoch = self.epoch
                     loop.end_step(metrics, evaluate=self.evaluate if self.eval_prompts else None)
             first, last = metrics["reward"] if first is None else first, metrics["reward"]
         return loop.finish(reward_first=first, reward_last=last, **(self.evaluate() if self.eval_prompts else {}))
@@ -143,41 +121,13 @@ class GRPOTrainer:
         rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
         return rollouts * self.minibatches_per_rollout * self.config.num_iterations
 
-    # ---- rollout
-
-    def _sampler(self, *, greedy: bool) -> Any:
-        config, model = self.config, self.loop.unwrapped
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
-        settings = SamplerSettings(
-            max_new_tokens=config.max_completion_length,
-            eos_token_ids=tuple(sorted(eos)),
-            pad_token_id=self.tokenizer.pad_token_id,
-            temperature=config.temperature,
-            top_k=0 if greedy else config.top_k,
-            top_p=1.0 if greedy else config.top_p,
-            greedy=greedy,
-        )
-        seed = config.seed + self.accelerator.process_index
-        return make_sampler(config.sampler, model, settings, seed=seed, batch_size=config.rollout_batch_size)
-
-    def _next_prompts(self) -> list[Prompt]:
-        """This process's prompts of the next rollout, from a stream of shuffled epochs that is the same on all."""
-        count, processes = self.prompts_per_rollout, self.accelerator.num_processes
-        while len(self._queue) < count * processes:
-            self._queue += torch.randperm(len(self.prompts), generator=self.order).tolist()
-        taken, self._queue = self._queue[: count * processes], self._queue[count * processes :]
-        self._prompts_seen += len(taken)
-        mine = taken[self.accelerator.process_index * count :][:count]
-        return [self.prompts[i] for i in mine]
-
     # ---- score
 
     def score(self, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Rewards and advantages of a rollout of `num_generations` completions for each prompt."""
         config, group = self.config, self.config.num_generations
         rows = [prompt for prompt in prompts for _ in range(group)]
-        scores = self._rewards(rows, rollout)
+        scores = self.score_rollout(rows, rollout)
         device = self.accelerator.device
         gathered = self.accelerator.gather(scores.total.to(device))  # every process has whole groups
         result = group_advantages(
@@ -195,38 +145,8 @@ class GRPOTrainer:
         advantages = result.advantages[mine].masked_fill(~scores.total.isfinite(), math.nan)  # counts nowhere
         experience = build_experience([p.ids for p in rows], rollout, advantages, scored)
         self.loop.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths.to(device)).sum())
-        return experience, self._rollout_metrics(scores, gathered, result, rollout, stopped)
-
-    def _rewards(self, rows: Sequence[Prompt], rollout: Rollout) -> Scores:
-        ids = rollout.completions()
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chat = [isinstance(p.columns.get("prompt"), list) for p in rows]
-        prompts = [p.columns["prompt"] if c else p.text for p, c in zip(rows, chat, strict=True)]
-        texts = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)]
-        reserved = {"prompt", "prompts", "completion", "completions", "completion_ids", "finish_reasons"}
-        names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
-        columns = {name: [p.columns.get(name) for p in rows] for name in names}
-        return self.rewards(prompts, texts, columns, completion_ids=ids, finish_reasons=list(rollout.finish))
-
-    def _rollout_metrics(
-        self, scores: Scores, rewards: Tensor, advantages: Any, rollout: Rollout, stopped: Tensor
-    ) -> dict[str, float]:
-        """Of the rollout; rewards over all processes, lengths and single functions of this one."""
-        kept, lengths = rewards[rewards.isfinite()], rollout.lengths.float()
-        metrics = {
-            "reward": kept.mean() if len(kept) else math.nan,
-            "reward_std": kept.std(correction=0) if len(kept) else math.nan,
-            "zero_std_groups": advantages.zero_std.float().mean(),
-            "dropped_rows": (~rewards.isfinite()).sum(),
-            "completion_length": lengths.mean(),
-            "completion_length_min": lengths.min(),
-            "completion_length_max": lengths.max(),
-            "truncated_completions": 1 - stopped.float().mean(),
-        }
-        if len(self.rewards.names) > 1:
-            for name, column in zip(self.rewards.names, scores.each.unbind(1), strict=True):
-                metrics[f"reward_{name}"] = column[column.isfinite()].mean()
-        return {name: float(value) for name, value in metrics.items()}
+        metrics = self.rollout_metrics(scores, gathered, rollout)
+        return experience, metrics | {"zero_std_groups": float(result.zero_std.float().mean())}
 
     # ---- advantages to minibatches
 
@@ -282,23 +202,17 @@ class GRPOTrainer:
 
         def loss_of(micro: MicroBatch) -> Tensor:
             out = self.fused_loss(micro, minibatch, on_policy=on_policy)
-            _add_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
+            add_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
             if on_policy:
                 gap = (out.logprob - micro.old_logprob)[micro.target_ids != IGNORE].abs()
                 largest = gap.max() if gap.numel() else gap.sum()
                 share = gap.sum() / minibatch.live_tokens
-                _add_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
+                add_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
             return out.loss
 
         self.loop.update(minibatch.micros, loss_of)
-        kept = {name: self._over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
+        kept = {name: self.over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
         self.loop.record(kept | {"no_gradient_steps": float(not minibatch.micros)})
-
-    def _over_processes(self, name: str, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        every = self.accelerator.gather(value.reshape(1).to(self.accelerator.device))
-        return every.max() if name.endswith("_max") else every.min() if name.endswith("_min") else every.sum()
 
     def fused_loss(self, micro: MicroBatch, minibatch: MiniBatch, *, on_policy: bool) -> Any:
         """`FusedLoss` of a micro-batch: its share of the minibatch's loss, with the gradient already formed."""
@@ -321,55 +235,10 @@ class GRPOTrainer:
             temperature=self.config.temperature,
         )
 
-    # ---- evaluation
-
-    def evaluate(self, prompts: Sequence[Prompt] | None = None) -> dict[str, float]:
-        """Mean rewards of one completion for each evaluation prompt, greedy unless `eval_do_sample`."""
-        prompts = prompts or self.eval_prompts
-        if not prompts:
-            raise ValueError("evaluate needs eval_dataset")
-        start = time.perf_counter()
-        rollout = self._sampler(greedy=not self.config.eval_do_sample)([p.ids for p in prompts])
-        scores = self._rewards(prompts, rollout)
-        metrics = {"eval_reward": scores.total, "eval_completion_length": rollout.lengths.float()}
-        if len(self.rewards.names) > 1:
-            metrics |= {f"eval_reward_{n}": c for n, c in zip(self.rewards.names, scores.each.unbind(1), strict=True)}
-        self.loop.seconds["evaluate"] += time.perf_counter() - start
-        return {name: float(value[value.isfinite()].mean()) for name, value in metrics.items()}
-
-
-def as_prompts(rows: Any, tokenizer: Any, config: GRPOConfig, vocabulary: int) -> list[Prompt]:
-    """`Prompt`s of rows (or as they are), their ids within the model's vocabulary."""
-    if len(rows) == 0:
-        raise ValueError("the dataset is empty")
-    prompts = list(rows)
-    if not isinstance(rows[0], Prompt):
-        rows = rows if isinstance(rows, Rows) else Rows.from_list(map(dict, rows))
-        limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-        prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
-    check_prompt_vocabulary(prompts, vocabulary)
-    return prompts
-
-
-def _add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    for name, value in new.items():
-        pick = torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add
-        total[name] = pick(total[name], value) if name in total else value
-
 
 def run_grpo(config: GRPOConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train as the configuration says; returns what `summary.json` holds."""
-    config.check_paths()
-    rewards: list[RewardFunction] = Rewards(config.reward_funcs, config.reward_weights).functions  # before the model
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config)
-    limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-    prompts, _ = tokenize_prompts(read_rows(config.dataset_paths(), limit=config.max_samples), tokenizer, **limits)
-    held_out = config.dataset_paths("eval_dataset")
-    evaluation = tokenize_prompts(read_rows(held_out), tokenizer, **limits)[0] if held_out else None
-    model = load_model(config, tokenizer)
-    trainer = GRPOTrainer(model, tokenizer, prompts, rewards, config, eval_dataset=evaluation, callbacks=callbacks)
-    return trainer.train()
+    return run_rl(config, GRPOTrainer, callbacks)
 
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "run_grpo"]
