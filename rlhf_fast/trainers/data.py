@@ -7,19 +7,20 @@ lengths, never by comparing ids with the padding id.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import forms
+from .collators import Collator as Collator
+from .collators import first_scored
 from .forms import Segment
 from .readers import Rows
 
-_BATCH = 4096  # texts handed to the tokenizer at once
+BATCH = 4096  # texts handed to the tokenizer at once
 
 
 @dataclass
@@ -32,6 +33,9 @@ class DataStats:
     dropped_nothing_scored: int = 0
     truncated_prompts: int = 0
     truncated_completions: int = 0
+    identical_pairs: int = 0  # chosen and rejected are the same tokens, perhaps after the cut: nothing to learn
+    desirable: int = 0  # KTO
+    undesirable: int = 0
     tokens: int = 0
     scored_tokens: int = 0
     longest: int = 0
@@ -43,7 +47,7 @@ class DataStats:
         for name in ("dropped_overlong_prompt", "dropped_nothing_scored"):
             count = getattr(self, name)
             parts += [f"{count:,} dropped ({name.removeprefix('dropped_').replace('_', ' ')})"] if count else []
-        for name in ("truncated_prompts", "truncated_completions"):
+        for name in ("truncated_prompts", "truncated_completions", "identical_pairs", "desirable", "undesirable"):
             count = getattr(self, name)
             parts += [f"{count:,} {name.replace('_', ' ')}"] if count else []
         return ", ".join(parts)
@@ -68,12 +72,21 @@ class TokenDataset(torch.utils.data.Dataset):
         row = slice(self.offsets[i % len(self)], self.offsets[i % len(self) + 1])
         return {"input_ids": self.ids[row], "scored": self.scored[row]}
 
+    @property
+    def parts(self) -> tuple[TokenDataset, ...]:
+        """For what looks at all tokens, such as `check_vocabulary`."""
+        return (self,)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) tokens of each row."""
+        return np.diff(self.offsets)
+
     def select(self, indices: Sequence[int]) -> TokenDataset:
         """The rows of `indices`, in that order."""
-        rows = [self[int(i)] for i in indices]
+        rows = [TokenDataset.__getitem__(self, int(i)) for i in indices]
         pairs = [(r["input_ids"], r["scored"]) for r in rows]
-        stats = DataStats(rows=len(rows))
-        return _pack(pairs, [int(self.origin[int(i)]) for i in indices], stats)
+        return flatten(pairs, [int(self.origin[int(i)]) for i in indices], DataStats(rows=len(rows)))
 
 
 class Prompt(NamedTuple):
@@ -103,23 +116,19 @@ def tokenize_sft(
         train_on_prompt: score every token.
     Raises: ValueError naming file and line on rows of an unknown form; when no row is left.
     """
-    if overlong_prompt not in ("drop", "truncate", "error"):
-        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+    check_policy(overlong_prompt)
     encode = Encoder(tokenizer)
     stats = DataStats(rows=len(rows))
     examples: list[tuple[np.ndarray, np.ndarray]] = []
     origin: list[int] = []
-    for start in progress(range(0, len(rows), _BATCH)):
-        batch = range(start, min(start + _BATCH, len(rows)))
+    for start in progress(range(0, len(rows), BATCH)):
+        batch = range(start, min(start + BATCH, len(rows)))
         segments = [forms.segments(rows, i, tokenizer) for i in batch]
         for i, (ids, scored) in zip(batch, encode.many(segments), strict=True):
             cut = fit(ids, scored, max_length, overlong_prompt, encode.prefix, stats)
             if cut is None:
                 if overlong_prompt == "error":
-                    raise ValueError(
-                        f"{rows.where(i)}: the prompt of {int(np.argmax(scored))} tokens leaves no room for a "
-                        f"completion in cutoff_len={max_length}"
-                    )
+                    raise overlong(rows, i, first_scored(scored), max_length)
                 stats.dropped_overlong_prompt += 1
                 continue
             ids, scored = cut
@@ -132,7 +141,7 @@ def tokenize_sft(
             origin.append(i)
     if not examples:
         raise ValueError(f"no row is left to train on: {stats}")
-    return _pack(examples, origin, stats)
+    return flatten(examples, origin, stats)
 
 
 def tokenize_prompts(
@@ -147,13 +156,12 @@ def tokenize_prompts(
     A trailing assistant turn of `messages` is not part of the prompt. Other columns, the answers among them, are
     kept in `Prompt.columns` as they are. "truncate" keeps the end of a prompt longer than `max_length`.
     """
-    if overlong_prompt not in ("drop", "truncate", "error"):
-        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+    check_policy(overlong_prompt)
     encode = Encoder(tokenizer)
     stats = DataStats(rows=len(rows))
     prompts: list[Prompt] = []
-    for start in range(0, len(rows), _BATCH):
-        batch = range(start, min(start + _BATCH, len(rows)))
+    for start in range(0, len(rows), BATCH):
+        batch = range(start, min(start + BATCH, len(rows)))
         segments = [forms.prompt(rows, i, tokenizer) for i in batch]
         encoded = encode.many([[segment] for segment in segments])
         for i, segment, (array_ids, _) in zip(batch, segments, encoded, strict=True):
@@ -189,8 +197,11 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.prefix = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
-    def many(self, rows: list[list[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one."""
+    def many(self, rows: list[list[Segment]], *, bos: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one.
+
+        `bos=False` for rows that continue another one.
+        """
         texts = [segment.text for row in rows for segment in row]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         pieces = iter(encoded["input_ids"])
@@ -209,7 +220,7 @@ class Encoder:
             if row[-1].scored and not _ends_with(ids, scored, self.eos):
                 ids.append(self.eos)
                 scored.append(True)
-            if self.prefix and ids[:1] != self.prefix and not row[0].template:
+            if bos and self.prefix and ids[:1] != self.prefix and not row[0].template:
                 ids, scored = self.prefix + ids, [False, *scored]
             out.append((np.array(ids, dtype=np.int32), np.array(scored, dtype=bool)))
         return out
@@ -221,30 +232,56 @@ def fit(
     """The example cut to `max_length`; None when its prompt is too long and may not be cut."""
     if len(ids) <= max_length:
         return ids, scored
-    prompt = int(np.argmax(scored)) if scored.any() else len(ids)
-    if prompt >= max_length:
-        if policy != "truncate":
-            return None
-        completion = len(ids) - prompt
-        room = max(max_length - completion, max_length // 2)  # for the prompt
-        head = len(prefix) if ids[: len(prefix)].tolist() == prefix else 0
-        tail = np.arange(prompt - (room - head), len(ids))
-        keep = np.concatenate([np.arange(head), tail])
-        ids, scored = ids[keep], scored[keep]
-        stats.truncated_prompts += 1
-        if len(ids) <= max_length:
-            return ids, scored
-    stats.truncated_completions += 1
-    return ids[:max_length], scored[:max_length]
+    prompt = first_scored(scored)
+    keep = fit_prompt(ids[:prompt], len(ids) - prompt, max_length, policy, prefix)
+    if keep is None:
+        return None
+    stats.truncated_prompts += len(keep) < prompt
+    keep = np.concatenate([keep, np.arange(prompt, len(ids))])
+    stats.truncated_completions += len(keep) > max_length
+    return ids[keep[:max_length]], scored[keep[:max_length]]
 
 
-def check_vocabulary(dataset: TokenDataset, vocab_size: int, rows: Rows, tokenizer: Any = None) -> None:
-    """Raise ValueError naming row, id and token when an id does not fit the model's embedding."""
-    bad = np.flatnonzero((dataset.ids >= vocab_size) | (dataset.ids < 0))
-    if bad.size:
-        at = int(bad[0])
-        row = int(np.searchsorted(dataset.offsets, at, side="right")) - 1
-        raise ValueError(_vocabulary_error(rows, int(dataset.origin[row]), int(dataset.ids[at]), vocab_size, tokenizer))
+def fit_prompt(
+    prompt: np.ndarray, completion: int, max_length: int, policy: str, prefix: list[int]
+) -> np.ndarray | None:
+    """Indices of the prompt's tokens that stay beside a completion of so many tokens; None: drop the row.
+
+    A prompt that leaves any room stays whole. One that is cut keeps BOS and its end, in the room that the completion
+    leaves, or in half of `max_length` if that is more.
+    """
+    if len(prompt) < max_length or len(prompt) + completion <= max_length:
+        return np.arange(len(prompt))
+    if policy != "truncate":
+        return None
+    room = max(max_length - completion, max_length // 2)
+    head = len(prefix) if prompt[: len(prefix)].tolist() == prefix else 0
+    return np.concatenate([np.arange(head), np.arange(len(prompt) - (room - head), len(prompt))])
+
+
+def overlong(rows: Rows, i: int, prompt: int, max_length: int) -> ValueError:
+    """The error for a prompt of so many tokens that leaves no room for a completion."""
+    return ValueError(
+        f"{rows.where(i)}: the prompt of {prompt} tokens leaves no room for a completion in cutoff_len={max_length}"
+    )
+
+
+def check_policy(overlong_prompt: str) -> None:
+    if overlong_prompt not in ("drop", "truncate", "error"):
+        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+
+
+def check_vocabulary(dataset: Any, vocab_size: int, rows: Rows, tokenizer: Any = None) -> None:
+    """Raise ValueError naming row, id and token when an id does not fit the model's embedding.
+
+    `dataset`: a TokenDataset, PairDataset or KTODataset.
+    """
+    for part in dataset.parts:
+        bad = np.flatnonzero((part.ids >= vocab_size) | (part.ids < 0))
+        if bad.size:
+            at = int(bad[0])
+            row = int(part.origin[int(np.searchsorted(part.offsets, at, side="right")) - 1])
+            raise ValueError(_vocabulary_error(rows, row, int(part.ids[at]), vocab_size, tokenizer))
 
 
 def check_prompt_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
@@ -255,35 +292,8 @@ def check_prompt_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
             raise ValueError(f"{prompt.where}: token id {bad} is outside the model's vocabulary 0..{vocab_size - 1}")
 
 
-class Collator:
-    """Pads on the right to the longest row and aligns targets with the hidden states.
-
-    target_ids[b, t] = input_ids[b, t + 1] where that token is scored, else -100. Padding is found by length.
-    """
-
-    def __init__(self, pad_token_id: int, *, multiple_of: int = 1):
-        self.pad_token_id = int(pad_token_id)
-        self.multiple_of = multiple_of
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        lengths = [len(e["input_ids"]) for e in examples]
-        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
-        ids = np.full((len(examples), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(examples), width), dtype=np.int64)
-        target = np.full((len(examples), width), -100, dtype=np.int64)
-        for b, (example, n) in enumerate(zip(examples, lengths, strict=True)):
-            row, scored = np.asarray(example["input_ids"]), np.asarray(example["scored"], dtype=bool)
-            ids[b, :n] = row
-            mask[b, :n] = 1
-            target[b, : n - 1] = np.where(scored[1:], row[1:], -100)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "target_ids": torch.from_numpy(target),
-        }
-
-
-def _pack(examples: list[tuple[np.ndarray, np.ndarray]], origin: list[int], stats: DataStats) -> TokenDataset:
+def flatten(examples: list[tuple[np.ndarray, np.ndarray]], origin: list[int], stats: DataStats) -> TokenDataset:
+    """Examples to one `TokenDataset`; fills in the counts of rows and tokens."""
     lengths = np.fromiter((len(ids) for ids, _ in examples), dtype=np.int64, count=len(examples))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([ids for ids, _ in examples])

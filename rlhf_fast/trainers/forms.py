@@ -73,7 +73,131 @@ def prompt(rows: Rows, i: int, tokenizer: Any) -> Segment:
     raise ValueError(f"{rows.where(i)}: needs prompt, messages, instruction or text; its columns are {_columns(row)}")
 
 
-def _chat_segments(messages: list[dict], scored_from: int, where: str, tokenizer: Any) -> list[Segment]:
+class Pair(NamedTuple):
+    """A prompt and its two answers."""
+
+    prompt: list[Segment]
+    chosen: list[Segment]
+    rejected: list[Segment]
+    margin: float | None
+
+
+def pair(rows: Rows, i: int, tokenizer: Any) -> Pair:
+    """Row `i` as a preference pair.
+
+    {"prompt", "chosen", "rejected"}: strings, or lists of messages; without "prompt" it is what both begin with.
+    {"instruction", "input"?, "chosen", "rejected"} and {"conversations" | "messages", "chosen", "rejected"}.
+    """
+    row = rows[i]
+    if not ("chosen" in row and "rejected" in row):
+        raise ValueError(f"{rows.where(i)}: a pair needs chosen and rejected; its columns are {_columns(row)}")
+    context = _context(rows, i, tokenizer)
+    chosen, rejected = (_answer(rows, i, key, context) for key in ("chosen", "rejected"))
+    if context is None:
+        context, chosen, rejected = _common_prefix(chosen, rejected, rows.where(i))
+    sides = [answer_segments(context, answer, rows.where(i), tokenizer) for answer in (chosen, rejected)]
+    (prompt, *chosen), (_, *rejected) = sides
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin != margin):
+        raise ValueError(f"{rows.where(i)}: margin must be a number, got {margin!r:.60}")
+    return Pair([prompt], chosen, rejected, margin)
+
+
+def judged(rows: Rows, i: int, tokenizer: Any) -> list[tuple[list[Segment], bool]]:
+    """The answers of row `i` with their labels: one, or two for a pair.
+
+    {"prompt", "completion" | "response" | "output", "label"}, an alpaca or a chat row with "kto_tag" or "label"
+    (the last assistant turn is judged), or a pair.
+    """
+    row = rows[i]
+    key = next((k for k in ("label", "kto_tag") if k in row), None)
+    if key is None and "chosen" in row and "rejected" in row:
+        p = pair(rows, i, tokenizer)
+        return [(p.prompt + p.chosen, True), (p.prompt + p.rejected, False)]
+    if key is None:
+        raise ValueError(
+            f"{rows.where(i)}: needs label or kto_tag (true or false), or chosen and rejected; "
+            f"its columns are {_columns(row)}"
+        )
+    label = row[key]
+    if not (isinstance(label, bool) or label in (0, 1)):
+        raise ValueError(f"{rows.where(i)}: {key} must be true or false, got {label!r:.60}")
+    context = _context(rows, i, tokenizer)
+    name = next((k for k in COMPLETION_KEYS if k in row), None)
+    if name is not None:
+        answer = _answer(rows, i, name, context)
+    elif isinstance(context, list) and context and context[-1]["role"] == "assistant":
+        context, answer = context[:-1], context[-1:]
+    else:
+        raise ValueError(f"{rows.where(i)}: no answer to judge; its columns are {_columns(row)}")
+    return [(answer_segments(context, answer, rows.where(i), tokenizer), bool(label))]
+
+
+Turns = list[dict[str, Any]]
+
+
+def answer_segments(context: str | Turns, answer: str | Turns, where: str, tokenizer: Any) -> list[Segment]:
+    """The prompt's segment, and then the answer's; the answer's assistant turns are scored."""
+    if isinstance(context, str):
+        return [Segment(context, False), Segment(answer, True)]
+    if answer[0]["role"] != "assistant":
+        raise ValueError(f"{where}: an answer must begin with an assistant turn, got role {answer[0]['role']!r}")
+    return _chat_segments(context + answer, len(context), where, tokenizer, keep_empty=True)
+
+
+def _context(rows: Rows, i: int, tokenizer: Any) -> str | Turns | None:
+    """What the answers of row `i` answer: text or messages; None when only the answers tell."""
+    row = rows[i]
+    if "prompt" in row:
+        return _messages(rows, i, "prompt") if isinstance(row["prompt"], list) else _string(rows, i, "prompt")
+    for key in ("messages", "conversations"):
+        if key in row:
+            return _messages(rows, i, key)
+    if "instruction" in row:
+        if has_template(tokenizer):
+            return _alpaca_messages(rows, i)
+        return _alpaca_query(rows, i)
+    return None
+
+
+def _answer(rows: Rows, i: int, key: str, context: str | Turns | None) -> str | Turns:
+    """An answer in the shape of its prompt."""
+    value = rows[i][key]
+    if isinstance(value, str):
+        return value if context is None or isinstance(context, str) else [{"role": "assistant", "content": value}]
+    if isinstance(context, str):
+        raise ValueError(f"{rows.where(i)}: {key} must be a string as its prompt is, got {value!r:.60}")
+    if isinstance(value, dict):
+        value = [value]
+    return _as_messages(value, key, rows.where(i))
+
+
+def _common_prefix(chosen: str | Turns, rejected: str | Turns, where: str) -> tuple[Any, Any, Any]:
+    """The prompt that both begin with, and what is left of each; text is cut where a word begins."""
+    if type(chosen) is not type(rejected):
+        raise ValueError(f"{where}: chosen and rejected must be both strings or both lists of messages")
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if isinstance(chosen, str):
+        while n and not chosen[n - 1].isspace():
+            n -= 1
+        n -= n > 0 and chosen[n - 1] == " "  # a space belongs to the word behind it
+    else:
+        while n and (n == len(chosen) or n == len(rejected) or not _answers(chosen[n], rejected[n])):
+            n -= 1
+    if not n:
+        raise ValueError(f"{where}: no prompt, and chosen and rejected do not begin alike")
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _answers(*messages: dict[str, Any]) -> bool:
+    return all(m["role"] == "assistant" for m in messages)
+
+
+def _chat_segments(
+    messages: Turns, scored_from: int, where: str, tokenizer: Any, *, keep_empty: bool = False
+) -> list[Segment]:
     """Alternating context and assistant text; assistant turns from `scored_from` on are scored."""
     segments: list[Segment] = []
     done = ""
@@ -91,7 +215,7 @@ def _chat_segments(messages: list[dict], scored_from: int, where: str, tokenizer
         done = after
     if not segments:
         raise ValueError(f"{where}: no assistant turn to learn from")
-    return [s for s in segments if s.text]
+    return segments if keep_empty else [s for s in segments if s.text]
 
 
 def _alpaca_segments(rows: Rows, i: int, tokenizer: Any) -> list[Segment]:
@@ -121,12 +245,21 @@ def _alpaca_messages(rows: Rows, i: int) -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": _alpaca_query(rows, i)}]
 
 
-def _messages(rows: Rows, i: int, key: str) -> list[dict[str, Any]]:
-    messages = rows[i][key]
-    good = isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages)
-    if not good:
-        raise ValueError(f"{rows.where(i)}: {key} must be a list of {{role, content}} objects, got {messages!r:.80}")
-    return messages
+def _messages(rows: Rows, i: int, key: str) -> Turns:
+    return _as_messages(rows[i][key], key, rows.where(i))
+
+
+ROLES = {"human": "user", "gpt": "assistant"}  # sharegpt's names
+
+
+def _as_messages(value: Any, key: str, where: str) -> Turns:
+    """Chat messages; sharegpt's {from, value} become {role, content}."""
+    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+        if all("role" in m for m in value):
+            return value
+        if all("from" in m and "value" in m for m in value):
+            return [{"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value]
+    raise ValueError(f"{where}: {key} must be a list of {{role, content}} objects, got {value!r:.80}")
 
 
 def _string(rows: Rows, i: int, key: str) -> str:
