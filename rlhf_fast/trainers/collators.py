@@ -44,10 +44,13 @@ class Collator:
 
 
 class PairCollator(Collator):
-    """Batches of {"chosen", "rejected", "margin"?}: 2b sequences, all chosen, then all rejected; margin (b,) fp32."""
+    """Batches of {"chosen", "rejected", "margin"?}: 2b sequences, chosen, rejected, chosen, ...; margin (b,) fp32.
+
+    Both sequences of a pair stand next to each other, as the fused preference losses need them.
+    """
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = self.batch([e["chosen"] for e in examples] + [e["rejected"] for e in examples])
+        batch = self.batch([e[side] for e in examples for side in ("chosen", "rejected")])
         margins = [e.get("margin") for e in examples]
         if any(m is not None for m in margins):
             batch["margin"] = torch.tensor([0.0 if m is None else m for m in margins], dtype=torch.float32)

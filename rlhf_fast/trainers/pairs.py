@@ -111,7 +111,9 @@ def tokenize_pairs(
                 continue
             stats.truncated_prompts += len(keep) < len(prompt[0])
             stats.truncated_completions += sum(len(keep) + len(ids) > max_length for ids, _ in both)
-            joined = [tuple(np.concatenate([p[keep], a])[:max_length] for p, a in zip(prompt, s, strict=True)) for s in both]
+            joined = [
+                tuple(np.concatenate([p[keep], a])[:max_length] for p, a in zip(prompt, s, strict=True)) for s in both
+            ]
             if not all(scored[1:].any() for _, scored in joined):
                 stats.dropped_nothing_scored += 1
                 continue
