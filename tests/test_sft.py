@@ -64,6 +64,7 @@ def config_for(folder, name="out", **changes):
         learning_rate=1e-2,
         use_cpu=True,
         disable_tqdm=True,
+        plot_loss=False,
     )
     return SFTConfig(**(values | changes))
 
@@ -190,7 +191,7 @@ def test_evaluation_loss_is_a_mean_over_tokens(tmp_path):
 
 def test_a_run_learns_and_leaves_its_files(folders):
     torch.manual_seed(1)
-    summary = run_sft(config_for(folders, max_steps=60, warmup_steps=5, val_size=4, eval_steps=30))
+    summary = run_sft(config_for(folders, max_steps=60, warmup_steps=5, val_size=4, eval_steps=30, plot_loss=True))
     out = folders / "out"
     rows = read_log(out)
     losses = [r["loss"] for r in rows if "loss" in r]

@@ -38,9 +38,6 @@ class RunLogCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         self._draw()
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._draw()
-
     def _draw(self) -> None:
         if self.curves:
             self.run_log.curves()
