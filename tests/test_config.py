@@ -80,7 +80,7 @@ def test_overrides_win_and_are_typed_by_their_key(place):
         ("learning_rate: .inf", r"learning_rate must be at least 0 and finite, got inf"),
         ("learning_rate: -1", r"learning_rate must be at least 0"),
         ("run_name: {a: 1}", r"run_name must be a string or null, got \{'a': 1\}"),
-        ("finetuning_type: freeze", r"finetuning_type must be one of full, lora, got 'freeze'"),
+        ("finetuning_type: dora", r"finetuning_type must be one of full, lora, freeze, got 'dora'"),
         ("lora_target: [1, 2]", r"lora_target must be a string or a list of str"),
         ("per_device_train_batch_size: 0", r"per_device_train_batch_size must be at least 1, got 0"),
         ("max_steps: 0", r"max_steps must be -1 or at least 1, got 0"),
@@ -140,7 +140,7 @@ def test_yaml_cannot_run_code(place, tmp_path):
 
 def test_other_training_arguments_are_handed_on(place):
     pytest.importorskip("transformers")
-    from rlhf_fast.trainers.sft import training_arguments
+    from rlhf_fast.trainers.base import training_arguments
 
     config = load_config(place("ddp_timeout: '1800'\noptim: sgd\nneftune_noise_alpha: 5\nuse_cpu: true"))
     assert config.training_arguments == {"ddp_timeout": 1800, "optim": "sgd", "neftune_noise_alpha": 5}
@@ -154,7 +154,7 @@ def test_other_training_arguments_are_handed_on(place):
 
 def test_training_arguments_mean_what_they_say(tmp_path):
     pytest.importorskip("transformers")
-    from rlhf_fast.trainers.sft import training_arguments
+    from rlhf_fast.trainers.base import training_arguments
 
     def make(**values):
         return training_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **values), has_eval=True)

@@ -7,17 +7,25 @@ Keys are those of LLaMA-Factory where it has them. A new stage is a subclass of 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
+import importlib.util
 import os
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
+
+from rlhf_fast.trainers import config_keys
+from rlhf_fast.trainers.config_types import (
+    convert,
+    field_types,
+    names,
+    nearest,
+    read_yaml,
+    require,
+    split_override,
+)
 
 
 class Stage(NamedTuple):
@@ -42,31 +50,57 @@ class RunConfig:
     """What every stage needs: model, data, output, optimiser. Values are checked and converted on creation."""
 
     stage: str = ""
+    do_train: bool = True  # False: only evaluate
+    do_eval: bool | None = None  # None: when there is an evaluation set
     # ---- model
-    model_name_or_path: str = ""  # a folder on disk, or a name that is already in the local Hugging Face cache
+    model_name_or_path: str = ""  # a folder (of a model or an adapter), or a name in the local Hugging Face cache
+    adapter_name_or_path: str | list[str] | None = None  # all but the last are merged; training continues with that
     tokenizer_name_or_path: str | None = None  # default: the model's
     trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: float32
-    attn_implementation: str | None = None  # None: flash-attn when it is there on CUDA, else SDPA
-    finetuning_type: Literal["full", "lora"] = "full"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: see hf_utils.weights_dtype
+    infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # the same with do_train: false
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2"] = "auto"  # auto: fa2 when it is there on CUDA, else sdpa
+    attn_implementation: str | None = None  # transformers' name for the same, which has more
+    quantization_bit: Literal[4, 8] | None = None  # QLoRA: the frozen weights in 4 or 8 bits
+    quantization_method: Literal["bitsandbytes"] = "bitsandbytes"
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    double_quantization: bool = True
+    # ---- what is trained
+    finetuning_type: Literal["full", "lora", "freeze"] = "full"
     lora_rank: int = 8
     lora_alpha: int | None = None  # None: twice the rank
     lora_dropout: float = 0.0
-    lora_target: str | list[str] = "all"  # "all": every linear layer but the head
+    lora_target: str | list[str] = "all"  # "all": every linear layer but the head; with the head: "all,lm_head"
+    additional_target: str | list[str] | None = None  # modules trained in full beside the adapter, and saved with it
+    use_rslora: bool = False
+    use_dora: bool = False
+    loraplus_lr_ratio: float | None = None  # learning rate of B over that of A
+    loraplus_lr_embedding: float = 1e-6
+    create_new_adapter: bool = False  # merge every adapter that is given and train a new one
+    freeze_trainable_layers: int = 2  # freeze: the last n layers are trained, the first n when negative
+    freeze_trainable_modules: str | list[str] = "all"  # of those layers, such as "mlp, self_attn"
+    freeze_extra_modules: str | list[str] | None = None  # outside of the layers, such as "lm_head, norm"
     # ---- data
-    dataset: str | list[str] = field(default_factory=list)  # files or folders of .json and .jsonl
-    dataset_dir: str = "."  # where `dataset` is looked for when it is not found as it stands
+    template: str | None = None  # chat template, for tokenizers without one of their own
+    dataset: str | list[str] = field(default_factory=list)  # paths, or names in dataset_dir or its dataset_info.json
+    dataset_dir: str = "data"
     eval_dataset: str | list[str] | None = None
     val_size: float = 0.0  # held out from `dataset`: a fraction below 1, or a number of rows
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    interleave_probs: str | list[float] | None = None
     cutoff_len: int = 2048  # prompt + completion, tokens
-    max_samples: int | None = None
+    max_samples: int | None = None  # of each dataset
     overlong_prompt: Literal["drop", "truncate", "error"] = "drop"  # truncate keeps the end of the prompt
+    packing: bool = False  # the sequences of a batch side by side, without padding; none sees another
+    neat_packing: bool = False  # LLaMA-Factory's name for packing where none sees another
     # ---- output
     output_dir: str = ""
+    overwrite_output_dir: bool = True  # False: resume from the newest checkpoint there; a finished model is an error
     run_name: str | None = None
     logging_steps: int = 1
     save_steps: int = 0  # 0: only the final model
     save_total_limit: int | None = None
+    save_only_model: bool = False  # checkpoints without optimiser and schedule, from which no run resumes
     eval_steps: int = 0  # 0: only at the end, when there is an evaluation set
     plot_loss: bool = True
     report_to: str | list[str] = "none"
@@ -89,23 +123,29 @@ class RunConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    bf16: bool = False  # autocast; the weights keep `dtype`
+    disable_gradient_checkpointing: bool = False  # LLaMA-Factory's switch, where checkpointing is on by default
+    bf16: bool = False  # autocast
     fp16: bool = False
+    pure_bf16: bool = False  # weights, gradients and optimiser states in bf16, no autocast
     use_cpu: bool = False
+    ddp_timeout: int = 1800  # seconds
 
     # Whether other fields of transformers.TrainingArguments are accepted and handed on.
     takes_training_arguments: ClassVar[bool] = False
+    # {other name of a key: field}, collected along the bases.
+    aliases: ClassVar[Mapping[str, str]] = config_keys.RENAMED
 
     def __post_init__(self) -> None:
         hints = field_types(type(self))
         for name, expected in hints.items():
             setattr(self, name, convert(name, getattr(self, name), expected))
+        self.packing = self.packing or self.neat_packing
         self.validate()
 
     def validate(self) -> None:
         """Raise ValueError on values that have the right type but make no sense."""
         positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        positive += ("cutoff_len", "logging_steps", "lora_rank")
+        positive += ("cutoff_len", "logging_steps", "lora_rank", "ddp_timeout")
         for name in positive:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "val_size"):
@@ -117,8 +157,40 @@ class RunConfig:
         require("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0")
         if self.max_samples is not None:
             require("max_samples", self.max_samples, self.max_samples >= 1, "at least 1")
-        if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both true; choose one")
+        self._validate_finetuning()
+        self._validate_evaluation()
+        precisions = [name for name in ("bf16", "fp16", "pure_bf16") if getattr(self, name)]
+        if len(precisions) > 1:
+            raise ValueError(f"{' and '.join(precisions)} are both true; choose one")
+        if self.gradient_checkpointing and self.disable_gradient_checkpointing:
+            raise ValueError("gradient_checkpointing and disable_gradient_checkpointing are both true; choose one")
+        if self.flash_attn != "auto" and self.attn_implementation:
+            raise ValueError("flash_attn and attn_implementation name the same choice; give one of them")
+
+    def _validate_finetuning(self) -> None:
+        kind = self.finetuning_type
+        if self.quantization_bit and kind != "lora":
+            raise ValueError(f"quantization_bit needs finetuning_type: lora (frozen weights), got {kind}")
+        if self.quantization_bit and self.pure_bf16:
+            raise ValueError("quantization_bit and pure_bf16 exclude each other: use bf16")
+        require("lora_target", self.lora_target, bool(names(self.lora_target)), "all, or names of modules")
+        if self.loraplus_lr_ratio is not None:
+            require("loraplus_lr_ratio", self.loraplus_lr_ratio, self.loraplus_lr_ratio > 0, "above 0")
+        require("freeze_trainable_layers", self.freeze_trainable_layers, self.freeze_trainable_layers != 0, "not 0")
+
+    def _validate_evaluation(self) -> None:
+        if self.eval_dataset and self.val_size:
+            raise ValueError("eval_dataset and val_size both make an evaluation set; choose one")
+        held_out = bool(self.eval_dataset or self.val_size)
+        for key, wanted in (("do_eval: true", self.do_eval), ("do_train: false", not self.do_train)):
+            if wanted and not held_out:
+                raise ValueError(f"{key} needs eval_dataset or val_size")
+        if self.do_eval is False and (held_out or not self.do_train):
+            raise ValueError("do_eval is false: leave out eval_dataset, val_size and do_train: false")
+        if not self.do_train and not self.takes_training_arguments:
+            raise ValueError(
+                f"do_train: false is not supported in stage {self.stage}: evaluate the model with stage sft"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""
@@ -132,6 +204,9 @@ class RunConfig:
         find_model("model_name_or_path", self.model_name_or_path)
         if self.tokenizer_name_or_path:
             find_model("tokenizer_name_or_path", self.tokenizer_name_or_path)
+        for adapter in names(self.adapter_name_or_path):
+            if not (Path(adapter).expanduser() / "adapter_config.json").is_file():
+                raise FileNotFoundError(f"adapter_name_or_path: no adapter_config.json in {adapter}")
         self.dataset_paths("dataset")
         self.dataset_paths("eval_dataset")
         output = Path(self.output_dir)
@@ -140,10 +215,8 @@ class RunConfig:
 
     def dataset_paths(self, key: str = "dataset") -> list[Path]:
         """The paths of `dataset` or `eval_dataset`, looked up in `dataset_dir` where they do not exist as given."""
-        value = getattr(self, key) or []
-        names = [n.strip() for n in value.split(",") if n.strip()] if isinstance(value, str) else list(value)
         paths = []
-        for name in names:
+        for name in names(getattr(self, key)):
             candidates = [Path(name).expanduser(), Path(self.dataset_dir).expanduser() / name]
             found = next((p for p in candidates if p.exists()), None)
             if found is None:
@@ -164,8 +237,10 @@ class TrainerConfig(RunConfig):
 
 def config_class(stage: str) -> type[RunConfig]:
     """The configuration class of a stage."""
+    if stage == "pt":
+        raise ValueError("stage pt is not there: use stage sft with rows that hold only text, which are scored whole")
     if stage not in STAGES:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}{_nearest(str(stage), STAGES)}")
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}{nearest(str(stage), STAGES)}")
     return _import(STAGES[stage].config)
 
 
@@ -179,7 +254,8 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> RunCo
 
     Args:
         path: YAML with flat keys; `stage` chooses the class.
-        overrides: such as ["learning_rate=1e-4", "lora_target=[q_proj, v_proj]"]; values are YAML.
+        overrides: such as ["learning_rate=1e-4", "lora_target=[q_proj, v_proj]"]; values are YAML, and a dotted key
+            such as "lr_scheduler_kwargs.num_cycles=2" sets one entry of a mapping.
     Raises: FileNotFoundError, or ValueError naming the file, the key, what was expected and what came.
     """
     path = Path(path)
@@ -198,113 +274,61 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> RunCo
 def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """The configuration object of a mapping that holds `stage`; unknown keys are errors."""
     given = dict(values)
-    texts = dict(map(_split_override, overrides))
+    texts = dict(map(split_override, overrides))
     stage = texts.get("stage", given.get("stage"))
     if stage is None:
         raise ValueError(f"stage is required: one of {', '.join(STAGES)}")
     cls = config_class(stage)
-    given.update((key, parse_override(cls, key, text)) for key, text in texts.items())
-
     known = field_types(cls)
+    for key, value in (given.pop("training_arguments", None) or {}).items():
+        given.setdefault(key, value)
+    config_keys.override(given, texts, cls)
+    for other, name in config_keys.aliases(cls).items():
+        if other in given:
+            if name in given:
+                raise ValueError(f"{other} and {name} are two names of one key; give one of them")
+            given[name] = given.pop(other)
+    config_keys.drop_inert(given, known, stage)
+    accepted = config_keys.training_argument_types() if set(given) - set(known) else {}
+    if not cls.takes_training_arguments:
+        config_keys.loop_values(given, stage)
     extra = {key: given.pop(key) for key in list(given) if key not in known}
+    for key, value in extra.items():
+        if key not in accepted or not cls.takes_training_arguments:
+            raise ValueError(_unknown(key, cls, stage, accepted))
+        if value is not None:
+            value = "no" if value is False and key.endswith("_strategy") else value  # YAML 1.1 reads `no` as false
+            extra[key] = convert(key, value, accepted[key])
     if extra:
-        accepted = _training_argument_types() if cls.takes_training_arguments else {}
-        for key, value in extra.items():
-            if key not in accepted:
-                raise ValueError(f"unknown key {key!r}{_nearest(str(key), [*known, *accepted])}")
-            if value is not None:
-                extra[key] = convert(key, value, accepted[key])
-        if extra:
-            given["training_arguments"] = {**(given.get("training_arguments") or {}), **extra}
+        given["training_arguments"] = extra
     return cls(**given)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, read safely; a key given twice is an error."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if isinstance(key, str) and key in seen:
-                    raise ValueError(f"key {key!r} is given twice, again in line {key_node.start_mark.line + 1}")
-                seen.add(key if isinstance(key, str) else str(key))
-            return super().construct_mapping(node, deep)
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error}") from None
-    if values is None:
-        raise ValueError("the file is empty")
-    if not isinstance(values, dict):
-        raise ValueError(f"must hold 'key: value' lines, got a {type(values).__name__}")
-    return values
+def _unknown(key: str, cls: type, stage: str, training_arguments: Mapping[str, Any]) -> str:
+    """What to say about a key that the stage does not take."""
+    if key in training_arguments:
+        return f"{key} is an option of transformers.Trainer, which does not run stage {stage}: not supported there"
+    others = [
+        s
+        for s in STAGES
+        if s != stage and importlib.util.find_spec(STAGES[s].config.split(":")[0]) and key in _keys(config_class(s))
+    ]
+    if others:
+        return f"{key} is an option of stage {', '.join(others)}, not of {stage}"
+    accepted = training_arguments if cls.takes_training_arguments else {}
+    return f"unknown key {key!r}{nearest(str(key), [*_keys(cls), *accepted])}"
 
 
-def parse_override(cls: type[RunConfig], key: str, text: str) -> Any:
-    """The value of `key=text`: the text itself where the key takes a string, else YAML."""
-    import yaml
-
-    expected = field_types(cls).get(key)
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
-    takes_text = expected is str or str in typing.get_args(expected)
-    if takes_text and not isinstance(value, (str, list, bool, type(None))):
-        return text  # run_name=7 is the name "7"
-    if expected is str and isinstance(value, bool):
-        return text
-    return value
-
-
-def convert(name: str, value: Any, expected: Any) -> Any:
-    """`value` as the annotated type, converting only where nothing can be lost; else ValueError.
-
-    "1e-6" is a float (YAML 1.1 reads it as text), 8.0 an int, "true" a bool; True is not an int.
-    """
-    options = typing.get_args(expected) if _is_union(expected) else (expected,)
-    for option in options:  # an exact match first: True stays a bool in `str | bool`
-        if _is_exactly(value, option):
-            return value
-    for option in options:
-        try:
-            return _convert_one(value, option)
-        except (ValueError, TypeError):
-            continue
-    raise ValueError(f"{name} must be {describe(expected)}, got {value!r} ({type(value).__name__})")
-
-
-def describe(expected: Any) -> str:
-    """A type in words, for error messages."""
-    if _is_union(expected):
-        return " or ".join(describe(option) for option in typing.get_args(expected))
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is list:
-        return "a list" + (f" of {getattr(args[0], '__name__', args[0])}" if args else "")
-    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping"}
-    names[type(None)] = "null"
-    return names.get(origin or expected, str(expected))
-
-
-def require(name: str, value: Any, ok: bool, expected: str) -> None:
-    """Raise ValueError unless `ok` (False for NaN by construction of the comparison)."""
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+def _keys(cls: type) -> set[str]:
+    return {*field_types(cls), *config_keys.aliases(cls)}
 
 
 def find_model(key: str, name: str) -> str:
     """`name` when it is a model folder, or in the local cache; else FileNotFoundError. Nothing is downloaded."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        kept = ("config.json", "adapter_config.json", "tokenizer_config.json")
+        if not any((folder / file).is_file() for file in kept):
             raise FileNotFoundError(f"{key}: the folder {folder} holds no config.json")
         return str(folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -319,80 +343,6 @@ def find_model(key: str, name: str) -> str:
     raise FileNotFoundError(f"{key}: no folder {folder}")
 
 
-@cache
-def field_types(cls: type) -> dict[str, Any]:
-    """{field: type} of a dataclass, annotations resolved along its bases."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-
-
-@cache
-def _training_argument_types() -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    managed = {"remove_unused_columns", "label_names", "push_to_hub", "do_predict"}
-    known = {k: v for k, v in field_types(TrainingArguments).items() if k not in managed}
-    # Enumerations and the like are left to TrainingArguments itself.
-    plain = (str, int, float, bool, dict, list, type(None))
-    for name, hint in known.items():
-        options = typing.get_args(hint) if _is_union(hint) else (hint,)
-        if not all((typing.get_origin(o) or o) in plain for o in options):
-            known[name] = Any
-    return known
-
-
-def _is_union(expected: Any) -> bool:
-    return typing.get_origin(expected) in (typing.Union, types.UnionType)
-
-
-def _is_exactly(value: Any, option: Any) -> bool:
-    if option is Any:
-        return True
-    origin = typing.get_origin(option)
-    if origin is Literal:
-        return any(value == a and type(value) is type(a) for a in typing.get_args(option))
-    if origin is list:
-        args = typing.get_args(option) or (Any,)
-        return isinstance(value, list) and all(_is_exactly(v, args[0]) for v in value)
-    if origin is dict or option is dict:
-        return isinstance(value, dict)
-    return type(value) is option
-
-
-def _convert_one(value: Any, option: Any) -> Any:
-    text = value.strip() if isinstance(value, str) else None
-    if option is float and not isinstance(value, bool):
-        number = float(text if text is not None else value)
-        if number != number:
-            raise ValueError
-        return number
-    if option is int and not isinstance(value, bool):
-        number = float(text if text is not None else value)
-        if not number.is_integer():
-            raise ValueError
-        return int(text) if text is not None and re.fullmatch(r"[+-]?\d+", text) else int(number)
-    if option is bool and text is not None and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if option is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if typing.get_origin(option) is list and isinstance(value, (list, tuple)):
-        (inner,) = typing.get_args(option)
-        return [v if _is_exactly(v, inner) else _convert_one(v, inner) for v in value]
-    raise ValueError
-
-
 def _import(spec: str) -> Any:
     module, _, name = spec.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _split_override(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"overrides are key=value, got {text!r}")
-    return key.strip().removeprefix("--"), value
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
