@@ -8,74 +8,17 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from grpo_cases import PROMPTS, config, digits_sum, experience_of, log_rows, tiny, trainer  # noqa: E402
+
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers import grpo  # noqa: E402
 from rlhf_fast.trainers.config import make_config  # noqa: E402
 from rlhf_fast.trainers.data import Prompt  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
-from rlhf_fast.trainers.policy import Reference, updating_mode  # noqa: E402
+from rlhf_fast.trainers.policy import updating_mode  # noqa: E402
 from rlhf_fast.trainers.rewards import RewardError  # noqa: E402
-from rlhf_fast.trainers.rollout import Rollout  # noqa: E402
-
-PROMPTS = ["25>", "7>", "90331>", "2516>", "8>", "11>", "4444>", "306>"]
-
-
-def tiny(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=15, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=2, pad_token_id=0, **kwargs,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    return model
-
-
-def digits_sum(completion_ids, **_):
-    """A reward that differs within groups."""
-    return [float(sum(ids) % 7) for ids in completion_ids]
-
-
-def config(tmp_path, **kwargs):
-    values = dict(
-        output_dir=str(tmp_path), num_generations=4, max_completion_length=5, cutoff_len=32, use_cpu=True,
-        per_device_train_batch_size=16, steps_per_generation=2, learning_rate=1e-3, disable_tqdm=True,
-        plot_loss=False, max_steps=2, seed=3,
-    )  # fmt: skip
-    return GRPOConfig(**{**values, **kwargs})
-
-
-def trainer(tmp_path, model=None, reward=digits_sum, callbacks=(), **kwargs):
-    rows = [{"prompt": p, "answer": str(len(p))} for p in PROMPTS]
-    return GRPOTrainer(model or tiny(), make_tokenizer(), rows, reward, config(tmp_path, **kwargs), callbacks=callbacks)
-
-
-def log_rows(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
-
 
 # ---- the step against plain torch
-
-
-def experience_of(it, seed=0):
-    """A rollout of ragged completions, some cut, with one NaN reward; in fp64."""
-    g = torch.Generator().manual_seed(seed)
-    prompts = it.prompts[:4]
-    group = it.config.num_generations
-    lengths = torch.randint(1, 6, (len(prompts) * group,), generator=g)
-    total = int(lengths.sum())
-    rollout = Rollout(
-        torch.randint(3, 15, (total,), generator=g),
-        -3 * torch.rand(total, generator=g),
-        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-        ["length" if n == 5 else "stop" for n in lengths.tolist()],
-        it.sampler.settings,
-    )
-    experience, metrics = it.score(prompts, rollout)
-    assert 0 < metrics["truncated_completions"] < 1
-    return experience._replace(advantages=experience.advantages.double(), logprob=experience.logprob.double())
 
 
 def plain_logprob(model, prompt, completion, temperature):
@@ -305,16 +248,6 @@ def test_step_zero_with_lora(tmp_path):
     assert rows[-1]["kl"] > 1e-6  # the reference stayed
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert (tmp_path / "adapter_model.safetensors").is_file()
-
-
-def test_a_trained_adapter_gets_a_frozen_copy_as_reference():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(0.1)
-    assert not Reference(model).adapters_off
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    model.base_model.model.model.norm.weight.requires_grad_(True)
-    assert not Reference(model).adapters_off
 
 
 def test_a_batch_of_zero_advantages_makes_no_step(tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
@@ -18,14 +18,22 @@ class Reference:
 
     An adapter that has been trained before is part of the policy, and so are weights that train beside an adapter
     (norms, embeddings): in both cases the base model alone would be the wrong reference.
+
+    Args:
+        model: the policy.
+        other: another causal LM as the reference; it is frozen.
+        copy: keep a copy even where adapters off would do, so that `sync` can move it.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, other: nn.Module | None = None, *, copy: bool = False):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         only_adapters = hasattr(model, "disable_adapter") and all("lora_" in name for name in trained)
         fresh = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
-        self.adapters_off = only_adapters and fresh
-        self.model = fuse_lm_head(model if self.adapters_off else copy.deepcopy(model).requires_grad_(False).eval())
+        self.adapters_off = only_adapters and fresh and not copy and other is None
+        self.moved = False
+        if other is None:
+            other = model if self.adapters_off else deepcopy(model)
+        self.model = fuse_lm_head(other if self.adapters_off else other.requires_grad_(False).eval())
 
     def to(self, device: torch.device) -> Reference:
         self.model.to(device)
@@ -39,6 +47,30 @@ class Reference:
             return
         with self.model.disable_adapter():
             yield self.model
+
+    @torch.no_grad()
+    def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
+        """reference <- alpha policy + (1 - alpha) reference, weight by weight; alpha 1 copies.
+
+        Source: TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656, eq. 1 and 2).
+        """
+        if self.adapters_off:
+            raise ValueError("the reference is the policy with its adapters off: only a copy can follow the policy")
+        current = dict(policy.named_parameters())
+        for name, kept in self.model.named_parameters():
+            if name not in current or current[name].shape != kept.shape:
+                raise ValueError(f"the reference cannot follow the policy: it has no {name} of shape {(*kept.shape,)}")
+            kept.lerp_(current[name].to(kept.device, kept.dtype), alpha)
+        self.moved = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its weights once `sync` has moved it; empty before, when it is what it was at the start of the run."""
+        return dict(self.model.state_dict()) if self.moved else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            self.model.load_state_dict(state)
+            self.moved = True
 
 
 def updating_mode(model: nn.Module, disable_dropout: bool) -> None:

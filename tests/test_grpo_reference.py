@@ -1,0 +1,63 @@
+"""The reference: which model it is, and how it follows the policy."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from grpo_cases import tiny  # noqa: E402
+
+from rlhf_fast.trainers.policy import Reference  # noqa: E402
+
+
+def lora(**kwargs):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **kwargs))
+
+
+def test_a_trained_adapter_gets_a_frozen_copy_as_reference():
+    assert Reference(lora()).adapters_off
+    model = lora()
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(0.1)
+    assert not Reference(model).adapters_off
+    model = lora()
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    assert not Reference(model).adapters_off
+
+
+def test_another_model_as_reference():
+    policy, other = tiny(), tiny(seed=5)
+    reference = Reference(policy, other)
+    assert reference.model is other
+    assert not any(p.requires_grad for p in other.parameters())
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+@pytest.mark.parametrize("make", [tiny, lora], ids=["full", "lora"])
+def test_sync_mixes_policy_and_reference_by_alpha(make):
+    policy = make().double()
+    reference = Reference(policy, copy=True)
+    assert reference.state_dict() == {}
+    before = {n: p.clone() for n, p in reference.model.named_parameters()}
+    for p in policy.parameters():
+        p.data.add_(torch.randn_like(p))
+    reference.sync(policy, 0.25)
+    for name, p in policy.named_parameters():
+        want = 0.25 * p + 0.75 * before[name]
+        torch.testing.assert_close(dict(reference.model.named_parameters())[name], want, rtol=1e-12, atol=1e-12)
+    fresh = Reference(make().double(), copy=True)
+    fresh.load_state_dict(reference.state_dict())
+    kept = dict(reference.model.named_parameters())
+    assert all(torch.equal(p, kept[n]) for n, p in fresh.model.named_parameters())
+    reference.sync(policy)
+    current = dict(policy.named_parameters())
+    assert all(torch.equal(p, current[n]) for n, p in reference.model.named_parameters())
+
+
+def test_what_cannot_follow_is_named():
+    with pytest.raises(ValueError, match="adapters off"):
+        Reference(lora()).sync(lora())
+    reference = Reference(tiny(), copy=True)
+    reference.model.model.norm.weight = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match=r"it has no model.norm.weight of shape \(32,\)"):
+        reference.sync(tiny())
