@@ -36,7 +36,7 @@ class Collator:
         self.packing = packing
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return self.batch(examples)
+        return self.batch(unrolled(examples))
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Sequences to one batch, in their order."""
@@ -50,6 +50,7 @@ class PairCollator(Collator):
     """
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        examples = unrolled(examples)
         batch = self.batch([e[side] for e in examples for side in ("chosen", "rejected")])
         margins = [e.get("margin") for e in examples]
         if any(m is not None for m in margins):
@@ -72,12 +73,18 @@ class KTOCollator(Collator):
         self.max_length = max_length
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        examples = unrolled(examples)
         batch = self.batch(examples)
         batch["label"] = torch.tensor([bool(e["label"]) for e in examples])
         if self.mismatched:
             other = self.batch([cut(e, self.max_length) for e in mismatch(examples)])
             batch.update((f"kl_{key}", value) for key, value in other.items())
         return batch
+
+
+def unrolled(items: Sequence[Any]) -> list[Any]:
+    """Items that are lists of examples, as those of a `PackedDataset`, unrolled."""
+    return [example for item in items for example in (item if isinstance(item, list) else [item])]
 
 
 def pad(examples: Sequence[Example], pad_token_id: int, multiple_of: int = 1) -> dict[str, Tensor]:
