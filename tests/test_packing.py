@@ -118,22 +118,12 @@ def test_pairs_stand_side_by_side():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_kto_labels_and_mismatched_answers(packing):
-    def example(prompt, answer, label):
-        ids = np.array([*prompt, *answer])
-        return {"input_ids": ids, "scored": np.arange(len(ids)) >= len(prompt), "label": label}
-
-    rows = [example([5, 6], [7], True), example([5, 6], [8, 8], False), example([9], [10, 11, 12], np.True_)]
-    batch = KTOCollator(0, mismatched=True, max_length=4, packing=packing)(rows)
-    assert batch["label"].tolist() == [True, False, True]
-    ids, targets = batch["kl_input_ids"], batch["kl_target_ids"]
-    if packing:
-        assert batch["kl_cu_seqlens"].tolist() == [0, 4, 8, 10]
-        bounds = batch["kl_cu_seqlens"][1:-1].tolist()
-        ids, targets = (t[0].tensor_split(bounds) for t in (ids, targets))
-    # the second row's answer is to the first one's own prompt: it is passed over
-    assert [r[r != 0].tolist() for r in ids] == [[5, 6, 10, 11], [5, 6, 10, 11], [9, 7]]
-    assert [r[r != -100].tolist() for r in targets] == [[10, 11], [10, 11], [7]]
+def test_kto_labels(packing):
+    rows = [{**e, "label": label} for e, label in zip(marked_examples(), (True, False, np.True_), strict=True)]
+    batch = KTOCollator(0, packing=packing)(rows)
+    plain = Collator(0, packing=packing)(rows)
+    assert (batch["label"].tolist(), batch["label"].dtype) == ([True, False, True], torch.bool)
+    assert all(torch.equal(batch[key], plain[key]) for key in plain)
 
 
 # ---- rows of a token budget

@@ -59,27 +59,11 @@ class PairCollator(Collator):
 
 
 class KTOCollator(Collator):
-    """Batches of {"input_ids", "scored", "label"}: as `Collator`, and label (b,) bool.
-
-    Args:
-        mismatched: add the same keys with the prefix "kl_" for pairs (x_i, y_j) that do not belong together, from
-            which `kto_kl` estimates KTO's reference point. y_j is the next answer in the batch to another prompt.
-        max_length: of the mismatched sequences; answers are cut.
-    """
-
-    def __init__(self, pad_token_id: int, *, mismatched: bool = False, max_length: int | None = None, **options: Any):
-        super().__init__(pad_token_id, **options)
-        self.mismatched = mismatched
-        self.max_length = max_length
+    """Batches of {"input_ids", "scored", "label"}: as `Collator`, and label (b,) bool."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         examples = unrolled(examples)
-        batch = self.batch(examples)
-        batch["label"] = torch.tensor([bool(e["label"]) for e in examples])
-        if self.mismatched:
-            other = self.batch([cut(e, self.max_length) for e in mismatch(examples)])
-            batch.update((f"kl_{key}", value) for key, value in other.items())
-        return batch
+        return self.batch(examples) | {"label": torch.tensor([bool(e["label"]) for e in examples])}
 
 
 def unrolled(items: Sequence[Any]) -> list[Any]:
@@ -122,28 +106,6 @@ def targets(example: Example) -> np.ndarray:
     out = np.full(len(ids), -100, dtype=np.int64)
     out[:-1] = np.where(scored[1:], ids[1:], -100)
     return out
-
-
-def mismatch(examples: Sequence[Example]) -> list[Example]:
-    """Prompt i with the answer of the next example that has another prompt; of the next one if there is none."""
-    prompts = [first_scored(e["scored"]) for e in examples]
-    keys = [np.asarray(e["input_ids"][:n]).tobytes() for e, n in zip(examples, prompts, strict=True)]
-    out = []
-    for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        following = [(i + k) % len(examples) for k in range(1, len(examples) + 1)]
-        j = next((j for j in following if keys[j] != keys[i]), following[0])
-        out.append(
-            {
-                name: np.concatenate([example[name][:prompt], examples[j][name][prompts[j] :]])
-                for name in ("input_ids", "scored")
-            }
-        )
-    return out
-
-
-def cut(example: Example, max_length: int | None) -> Example:
-    """The first `max_length` tokens."""
-    return {name: example[name][:max_length] for name in ("input_ids", "scored")}
 
 
 def first_scored(scored: np.ndarray) -> int:
