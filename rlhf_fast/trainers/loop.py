@@ -8,6 +8,8 @@
         loop.update(micro_batches, loss_of)     # gradients, clipping, the step, the schedule
         loop.end_step({"reward": ...})          # callbacks, logs, checkpoints
     summary = loop.finish()
+
+A step may hold several updates (`updates_per_step`), as PPO's does: one rollout and all its epochs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+POLICY = "policy"  # the role of the model that a run is about
 REDRAW_SECONDS = 60.0  # curves of a run in progress
 
 
@@ -48,7 +51,10 @@ class Loop:
         processing_class: the tokenizer, saved beside the model.
         config: the stage's options.
         callbacks: `TrainerCallback`s, besides those of `report_to`.
-        max_skipped_steps: steps in a row with gradients that are not finite before the run is given up.
+        max_skipped_steps: updates in a row with gradients that are not finite before the run is given up.
+        others: modules that are trained beside the policy in the same backward, by role: each with its own learning
+            rate (`learning_rates`, default the policy's) and gradient clipping, saved by its `save_pretrained` in a
+            folder named like the role.
     """
 
     def __init__(
@@ -58,6 +64,9 @@ class Loop:
         config: RunConfig,
         callbacks: Sequence[TrainerCallback] = (),
         max_skipped_steps: int = 10,
+        *,
+        others: Mapping[str, nn.Module] | None = None,
+        learning_rates: Mapping[str, float] | None = None,
     ):
         if config.resume_from_checkpoint:
             raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} yet")
@@ -68,17 +77,26 @@ class Loop:
             kind = self.accelerator.distributed_type.value
             raise ValueError(f"stage {config.stage!r} runs on one process or under DDP, got {kind}")
         self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("the model has no parameter that requires grad")
+        modules = {POLICY: model, **(others or {})}
+        self.parameters = {role: [p for p in m.parameters() if p.requires_grad] for role, m in modules.items()}
+        for role, parameters in self.parameters.items():
+            if not parameters:
+                raise ValueError(f"the {'model' if role == POLICY else role} has no parameter that requires grad")
+        rates = {role: (learning_rates or {}).get(role, config.learning_rate) for role in modules}
         optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for group, decay in _decay_groups(model, config.weight_decay)],
+            [
+                {"params": group, "weight_decay": decay, "lr": rates[role]}
+                for role, module in modules.items()
+                for group, decay in _decay_groups(module, config.weight_decay)
+            ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             fused=True,  # one pass over the parameters, on the CPU as well
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        *prepared, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
+        self.models = dict(zip(modules, prepared, strict=True))
+        self.model = self.models[POLICY]
         self.state = TrainerState(is_world_process_zero=self.main, is_local_process_zero=self.main)
         self.control = TrainerControl()
         reporting = get_reporting_integration_callbacks(self.arguments.report_to)
@@ -87,6 +105,7 @@ class Loop:
         self.log: RunLog | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # by part, whole run
         self.skipped = self._skipped_in_a_row = 0
+        self._in_step = False
         self.max_grad_norm = config.max_grad_norm or float("inf")
 
     # ---- the run
@@ -103,11 +122,12 @@ class Loop:
     def done(self) -> bool:
         return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
 
-    def start(self, max_steps: int, epochs: float) -> None:
-        """Schedule, log files and progress bar for `max_steps` optimiser steps."""
+    def start(self, max_steps: int, epochs: float, *, updates_per_step: int = 1) -> None:
+        """Schedule, log files and progress bar for `max_steps` steps of `updates_per_step` optimiser steps each."""
         config = self.config
-        warmup = config.warmup_steps or int(config.warmup_ratio * max_steps)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, max_steps)
+        updates, warmup = max_steps * updates_per_step, config.warmup_steps * updates_per_step
+        warmup = warmup or int(config.warmup_ratio * updates)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, updates)
         self.callbacks.lr_scheduler = self.scheduler
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
@@ -161,18 +181,22 @@ class Loop:
     def update(self, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> None:
         """One optimiser step over the summed losses. No micro-batch: no step, but the schedule goes on.
 
-        A step whose gradient is not finite is skipped, moments untouched, and counted.
+        A role whose parameters got no gradient stays as it is. An update with a gradient that is not finite, of
+        whichever role, is skipped, moments untouched, and counted.
         """
-        self.control = self.callbacks.on_step_begin(self.arguments, self.state, self.control)
+        if not self._in_step:
+            self.control = self.callbacks.on_step_begin(self.arguments, self.state, self.control)
+            self._in_step = True
         processes = self.accelerator.num_processes  # DDP averages over them, the normalisers are global
         for k, micro in enumerate(micro_batches):
             last = k + 1 == len(micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with ExitStack() as stack:
+                for model in () if last else self.models.values():
+                    stack.enter_context(self.accelerator.no_sync(model))
                 self.accelerator.backward(loss_of(micro) * processes)
         if micro_batches:
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-            self.record({"grad_norm": norm})
-            if self.accelerator.scaler is not None or torch.isfinite(norm):  # fp16's scaler skips by itself
+            finite = self._clip()
+            if self.accelerator.scaler is not None or finite:  # fp16's scaler skips by itself
                 self.control = self.callbacks.on_pre_optimizer_step(self.arguments, self.state, self.control)
                 self.optimizer.step()
                 self.control = self.callbacks.on_optimizer_step(self.arguments, self.state, self.control)
@@ -181,9 +205,26 @@ class Loop:
                 self._skip()
             self.optimizer.zero_grad()
         self.record({"learning_rate": self.optimizer.param_groups[0]["lr"]})
+        self.pass_updates(1)
+
+    def pass_updates(self, count: int) -> None:
+        """Let the schedule go on by `count` updates: those just made, or those left out."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # no step yet: skipped or empty
-            self.scheduler.step()
+            for _ in range(count):
+                self.scheduler.step()
+
+    def _clip(self) -> bool:
+        """Clip each role's gradient by its own norm; whether all of them are finite."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        finite = True
+        for role, parameters in self.parameters.items():
+            if all(p.grad is None for p in parameters):
+                continue
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.record({"grad_norm" if role == POLICY else f"grad_norm_{role}": norm})
+            finite = finite and bool(torch.isfinite(norm))
+        return finite
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -199,6 +240,7 @@ class Loop:
     ) -> None:
         """Count the step; callbacks, log row, evaluation and checkpoint where they are due."""
         self.record(metrics)
+        self._in_step = False
         self.state.global_step += 1
         self.bar.update()
         self.control = self.callbacks.on_step_end(self.arguments, self.state, self.control)
@@ -247,9 +289,11 @@ class Loop:
     # ---- files
 
     def save_model(self, folder: str | os.PathLike) -> None:
-        """Model in safetensors with its configs and tokenizer."""
+        """Model in safetensors with its configs and tokenizer; the other roles in folders of their own."""
         if self.main:
-            self.unwrapped.save_pretrained(folder)
+            for role, model in self.models.items():
+                place = folder if role == POLICY else Path(folder) / role
+                self.accelerator.unwrap_model(model).save_pretrained(place)
             self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
