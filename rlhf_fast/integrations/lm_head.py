@@ -44,6 +44,8 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
             predicts, `input_ids[:, i + 1]` as a rule. -100: not scored, not computed.
         loss_fn, batch, segments, entropy, temperature, chunk_size, memory_budget: as in `fused_linear_loss` and
             `linear_logprob`. Soft cap and logit scale are the model's own.
+        return_hidden: give (result, hidden), with the hidden states (B, T, D) that the head saw: what a value head on
+            the same trunk takes, in the same forward and backward.
     Args:
         model: a transformers causal LM, or a PEFT model around one.
     Raises: TypeError if the model has no linear output head; ValueError in the fused call if the model transforms its
@@ -112,11 +114,12 @@ def _model_forward(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    return_hidden: bool = False,
     **kwargs,
 ):
     if target_ids is None:
-        if loss_fn is not None:
-            raise ValueError("loss_fn needs target_ids")
+        if loss_fn is not None or return_hidden:
+            raise ValueError(f"{'return_hidden' if loss_fn is None else 'loss_fn'} needs target_ids")
         return self._unfused_forward(*args, **kwargs)
     if kwargs.get("labels") is not None:
         raise ValueError("give target_ids (aligned to the hidden states) or labels (shifted by the model), not both")
@@ -128,7 +131,7 @@ def _model_forward(
         self._logit_transform = _probe(self)
     request = _Request(target_ids, loss_fn, options, self._logit_transform)
     _run(self, request, args, kwargs)
-    return request.result
+    return (request.result, request.hidden) if return_hidden else request.result
 
 
 def _head_forward(self, hidden: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def _head_forward(self, hidden: Tensor) -> Tensor:
         if request.target.shape != hidden.shape[:-1]:
             want, got = _checks.shape_str(hidden.shape[:-1]), _checks.shape_str(request.target.shape)
             raise ValueError(f"target_ids must be (B, T)={want}, got {got}")
-        linear, lora = _linear(self)
+        linear, lora = head_parts(self)
         options = request.options | request.transform | {"bias": getattr(linear, "bias", None), "lora": lora}
         if request.loss_fn is None:
             request.result = linear_logprob(hidden, linear.weight, request.target, **options)
@@ -150,24 +153,33 @@ def _head_forward(self, hidden: Tensor) -> Tensor:
     return probe.expand(*hidden.shape[:-1], len(PROBE))
 
 
-def _linear(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
-    """The plain head, and the low-rank adapter that PEFT has put on it: (a, b, scaling), or None."""
+def head_parts(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
+    """The plain head, and the low-rank adapter that PEFT has put on it: (a, b, scaling), or None.
+
+    Raises: ValueError when what is active there is not one plain LoRA adapter.
+    """
     linear = getattr(head, "base_layer", head)
     if linear is head or head.disable_adapters or head.merged:
         return linear, None
-    active = [name for name in head.active_adapters if name in getattr(head, "lora_A", ())]
+    active = [n for n in head.active_adapters if any(n in getattr(head, part, ()) for part in head.adapter_layer_names)]
     if not active:
         return linear, None
-    plain = all(type(layers[n]) is nn.Linear for n in active for layers in (head.lora_A, head.lora_B))
-    plain = plain and not any(head.use_dora.get(n) or head.lora_B[n].bias is not None for n in active)
-    dropped = [n for n in active if head.training and getattr(head.lora_dropout[n], "p", 0) > 0]
-    if len(active) > 1 or not plain or dropped:
+    plain = len(active) == 1 and active[0] in getattr(head, "lora_A", ()) and _is_plain(head, active[0])
+    if not plain:
         raise ValueError(
             f"the head carries {type(head).__module__}.{type(head).__name__} with adapters {active}: the fused head "
             "takes one plain LoRA adapter without dropout"
         )
-    name = active[0]
-    return linear, (head.lora_A[name].weight, head.lora_B[name].weight, float(head.scaling[name]))
+    a, b = (part[active[0]].weight.to(linear.weight.dtype) for part in (head.lora_A, head.lora_B))
+    return linear, (a, b, float(head.scaling[active[0]]))
+
+
+def _is_plain(head: nn.Module, name: str) -> bool:
+    """Whether an adapter adds scaling * b @ a and nothing else."""
+    a, b = head.lora_A[name], head.lora_B[name]
+    dropout = head.training and getattr(head.lora_dropout[name], "p", 0) > 0
+    variant = head.use_dora.get(name) or getattr(head, "lora_variant", {}).get(name) is not None
+    return type(a) is type(b) is nn.Linear and b.bias is None and not dropout and not variant
 
 
 def _run(base: nn.Module, request: _Request, args: tuple, kwargs: dict) -> Any:
