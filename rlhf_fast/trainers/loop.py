@@ -22,13 +22,15 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
@@ -72,7 +74,8 @@ class Loop:
             raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} yet")
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[timeout])
         if self.accelerator.distributed_type not in SUPPORTED:
             kind = self.accelerator.distributed_type.value
             raise ValueError(f"stage {config.stage!r} runs on one process or under DDP, got {kind}")
@@ -276,11 +279,11 @@ class Loop:
         for part, seconds in self.seconds.items():
             row[f"seconds_{part}"] = seconds - self._seconds_logged.get(part, 0.0)
         row |= {"skipped_steps": self.skipped, "peak_memory_mb": peak_memory_mb(), "epoch": self.state.epoch}
+        self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)  # may add to the row
         self.log.log(self.state.global_step, row)
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "loss", "kl") if name in row}
         self.bar.set_postfix(shown, refresh=False)
         self.state.log_history.append({"step": self.state.global_step, **row})
-        self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)
         self._reset_metrics()
         if self.config.plot_loss and time.perf_counter() - self._drawn > REDRAW_SECONDS:
             self.log.curves()
@@ -306,12 +309,13 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.save_model(part)
         if self.main:
-            torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
-            torch.save(self.scheduler.state_dict(), part / "scheduler.pt")
+            if not self.config.save_only_model:
+                torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
+                torch.save(self.scheduler.state_dict(), part / "scheduler.pt")
             self.state.save_to_json(str(part / "trainer_state.json"))
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
-            _prune(folder.parent, self.config.save_total_limit)
+            _prune(folder.parent, self.config.save_total_limit, self.state.best_model_checkpoint)
 
 
 def _reduced(name: str, values: list[Any]) -> float:
@@ -330,11 +334,35 @@ def _decay_groups(model: nn.Module, decay: float) -> Iterable[tuple[list[nn.Para
     return [(group, d) for group, d in groups if group]
 
 
-def _prune(folder: Path, limit: int | None) -> None:
+def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Put the weights that `save_pretrained` wrote to `folder` into a live model, plain or a PEFT model.
+
+    Raises: ValueError when the folder holds no such weights, or those of another model.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if not state:
+        raise ValueError(f"{folder} holds no weights in safetensors")
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        missing, unexpected = [], set_peft_model_state_dict(model, state).unexpected_keys
+    else:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        tied = {p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name in state}
+        missing = [n for n in missing if model.get_parameter(n).data_ptr() not in tied]  # saved once, under one name
+    if missing or unexpected:
+        raise ValueError(f"{folder} holds another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}")
+
+
+def _prune(folder: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but never the best one."""
     if limit is None:
         return
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
     for old in found[: max(0, len(found) - limit)]:
+        if best is not None and old.resolve() == Path(best).resolve():
+            continue
         shutil.rmtree(old, ignore_errors=True)
 
 
