@@ -1,8 +1,10 @@
-"""Sampling completions: one small protocol, and two samplers that follow it.
+"""Sampling completions: one small protocol, and the samplers that follow it.
 
 A sampler is called with token-id prompts and a group size and returns a `Rollout`: flat ids and log-probabilities
 with `cu_seqlens`, prompt-major (the G completions of prompt 0 first). `GroupSampler` prefills each prompt once for
-its whole group and runs its own decode loop; `rollout_generate.GenerateSampler` leaves that to `model.generate`.
+its whole group and runs its own decode loop. The others: `rollout_generate` (`model.generate`), `rollout_continuous`
+(transformers' continuous batching), `rollout_server` (a completions server over HTTP); `rollout_turns` makes
+conversations with tools out of any of them.
 
 Departures from the textbook loop:
 - finished rows leave the batch once they are the majority (`compact_below`), so a straggler decodes alone;
@@ -13,6 +15,7 @@ Departures from the textbook loop:
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -67,15 +70,25 @@ class SamplerSettings:
 class Rollout(NamedTuple):
     """What a sampler returns. B = prompts x group size, prompt-major."""
 
-    ids: Tensor  # (N,) int64: sampled tokens, EOS included, no padding
+    ids: Tensor  # (N,) int64: completion tokens, EOS included, no padding
     logprob: Tensor  # (N,) fp32, at the sampling temperature
     cu_seqlens: Tensor  # (B+1,) int32
     finish: list[str]  # (B) "stop": ended with EOS; "length": cut
     settings: SamplerSettings
+    mask: Tensor | None = None  # (N,) bool, True: sampled by the policy. None: all are; False: a tool's or a user's
 
     @property
     def lengths(self) -> Tensor:
+        """(B,) int64: tokens of each completion, whoever wrote them."""
         return (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
+
+    @property
+    def sampled_lengths(self) -> Tensor:
+        """(B,) int64: tokens of each completion that the policy sampled."""
+        if self.mask is None:
+            return self.lengths
+        ends = torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))
+        return ends[self.cu_seqlens[1:].long()] - ends[self.cu_seqlens[:-1].long()]
 
     def completions(self) -> list[list[int]]:
         """The token ids as Python lists, one per sequence."""
@@ -310,11 +323,17 @@ def restrict(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
     return logprobs
 
 
-def make_sampler(kind: str, model: nn.Module, settings: SamplerSettings, **kwargs) -> Sampler:
-    """The sampler named in a config: "group" (default) or "generate"."""
-    from rlhf_fast.trainers.rollout_generate import GenerateSampler
+SAMPLERS = {
+    "group": "rollout:GroupSampler",
+    "generate": "rollout_generate:GenerateSampler",
+    "continuous": "rollout_continuous:ContinuousSampler",
+    "server": "rollout_server:ServerSampler",
+}
 
-    samplers = {"group": GroupSampler, "generate": GenerateSampler}
-    if kind not in samplers:
-        raise ValueError(f"sampler must be one of {sorted(samplers)}, got {kind!r}")
-    return samplers[kind](model, settings, **kwargs)
+
+def make_sampler(kind: str, model: nn.Module, settings: SamplerSettings, **kwargs) -> Sampler:
+    """The sampler named in a config: "group" (default), "generate", "continuous" or "server"."""
+    if kind not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {kind!r}")
+    module, _, name = SAMPLERS[kind].partition(":")
+    return getattr(importlib.import_module(f"rlhf_fast.trainers.{module}"), name)(model, settings, **kwargs)
