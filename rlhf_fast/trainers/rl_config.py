@@ -29,11 +29,18 @@ class RLConfig(RunConfig):
     steps_per_generation: int | None = None  # micro-batches a rollout and process; None: gradient_accumulation_steps
     # ---- reward
     reward_funcs: str | list[str] = field(default_factory=list)  # "package.module:function"
-    reward_weights: list[float] | None = None
+    reward_weights: list[float] | None = None  # one for the reward model (or the ensemble), then one a function
+    reward_model: str | list[str] | None = None  # folders of stage rm; several are an ensemble
+    reward_model_type: Literal["lora", "full"] | None = None  # what the folder holds; None: look
+    reward_aggregation: Literal["mean", "min", "mean_std"] = "mean"  # of an ensemble; mean_std: mean - k std
+    reward_std_coef: float = 1.0  # k
+    reward_model_weights: list[float] | None = None  # of the members in mean and std
+    reward_normalize: bool = False  # each member's scores by their own running mean and std, before they meet
     # ---- updates
     lr_scheduler_type: str = "linear"
     learning_rate: float = 1e-6
     max_tokens_per_micro_batch: int | None = None  # replaces per_device_train_batch_size as the unit of a forward
+    share_prompts: bool | Literal["auto"] = "auto"  # completions of a prompt go through the model behind one copy of it
     disable_dropout: bool = True  # the policy is updated in eval mode: sampler and trainer are one function
     max_skipped_steps: int = 10  # steps in a row with NaN or infinite gradients before the run is given up
     # ---- evaluation
@@ -59,11 +66,17 @@ class RLConfig(RunConfig):
     def prompt_length(self) -> int:
         return self.max_prompt_length or self.cutoff_len - self.max_completion_length
 
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Of each process, where generation_batch_size does not say."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
     def sizes(self, processes: int = 1) -> tuple[int, int]:
         """Prompts a rollout and process, and minibatches a rollout; ValueError when they do not divide."""
         minibatch = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        steps = self.steps_per_generation or self.gradient_accumulation_steps
-        total = self.generation_batch_size or self.per_device_train_batch_size * steps * processes
+        total = (
+            self.generation_batch_size or self.per_device_train_batch_size * self.micro_batches_per_rollout * processes
+        )
         units = {"num_generations x processes": self.num_generations * processes, "a minibatch": minibatch * processes}
         for words, unit in units.items():
             if total % unit:
