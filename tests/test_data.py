@@ -100,13 +100,13 @@ def test_json_array_lines_in_json_and_folders(tmp_path):
         ("a.json", b'[{"x": 1}, "y"]', r"a\.json, row 2: expected an object \{...\}, got a string"),
         ("a.jsonl", b"\n  \n", r"empty: no row in .*a\.jsonl"),
         ("a.json", b"[]", r"empty: no row in .*a\.json"),
-        ("a.csv", b"x\n1\n", r"a\.csv: expected a \.json or \.jsonl file, got \.csv"),
+        ("a.txt", b"x\n1\n", r"a\.txt: expected one of \.json, \.jsonl, .*, got \.txt"),
     ],
 )
 def test_reader_errors_name_file_line_and_reason(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_rows([tmp_path / name])
+        list(read_rows([tmp_path / name]))
 
 
 def test_missing_paths(tmp_path):

@@ -1,134 +1,130 @@
-"""Rows from JSON and JSONL files, each with the place it came from, so that every error can name it."""
+"""Rows of data files, each with the place it came from, so that every error can name it.
+
+.jsonl, .json, .jsonl.gz, .csv, .parquet, .arrow, folders of these, and folders of `datasets.save_to_disk`
+"""
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".json", ".jsonl")
+from .sources import SAVED, SUFFIXES, Listed, Source, kind, open_source
+
+Convert = Callable[[dict[str, Any], str], dict[str, Any]]  # (row, where) -> row of a known form
 
 
 class Rows:
     """Rows of one or more files: `rows[i]` is a dict, `where(i)` its file and 1-based line or row."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.files: list[tuple[Path, str]] = []  # (file, "line" or "row")
-        self._file = array("i")
+        self.sources: list[tuple[Source, Convert | None]] = []
+        self._source = array("i")
         self._number = array("q")
 
     @classmethod
-    def from_list(cls, rows: Iterable[dict[str, Any]], name: str = "rows") -> Rows:
+    def from_list(cls, rows: Iterable[Mapping[str, Any]], name: str = "rows") -> Rows:
         """Rows that are in memory already."""
         out = cls()
-        out.files.append((Path(name), "row"))
-        for number, row in enumerate(rows, 1):
-            out._append(row, number, f"{name}, row {number}")
-        if not out.rows:
+        out.add(Listed(list(rows), name))
+        if not len(out):
             raise ValueError(f"{name}: the dataset is empty")
+        for i in range(len(out)):
+            out[i]
+        return out
+
+    def add(self, source: Source, indices: Iterable[int] | None = None, convert: Convert | None = None) -> None:
+        """Append the rows of a source, or those of `indices`."""
+        self.sources.append((source, convert))
+        before = len(self)
+        self._number.extend(range(len(source)) if indices is None else indices)
+        self._source.extend([len(self.sources) - 1] * (len(self._number) - before))
+
+    def select(self, indices: Iterable[int], convert: Convert | None = None) -> Rows:
+        """The rows of `indices`, in that order; `convert` turns each one into another form."""
+        out = Rows()
+        out.sources = [(source, convert or old) for source, old in self.sources]
+        chosen = list(indices)
+        out._source = array("i", map(self._source.__getitem__, chosen))
+        out._number = array("q", map(self._number.__getitem__, chosen))
+        return out
+
+    @staticmethod
+    def join(parts: Sequence[Rows], picks: Iterable[tuple[int, int]] | None = None) -> Rows:
+        """One `Rows` of several: one after the other, or the (part, row) pairs of `picks`."""
+        out = Rows()
+        first = [0]
+        for part in parts:
+            out.sources += part.sources
+            first.append(first[-1] + len(part.sources))
+        every = ((p, i) for p, part in enumerate(parts) for i in range(len(part)))
+        for p, i in every if picks is None else picks:
+            out._source.append(first[p] + parts[p]._source[i])
+            out._number.append(parts[p]._number[i])
         return out
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._number)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return self.rows[i]
+        source, convert = self.sources[self._source[i]]
+        row = source[self._number[i]]
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{self.where(i)}: expected an object {{...}}, got {kind(row)}")
+        return row if convert is None else convert(row, self.where(i))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
+        return (self[i] for i in range(len(self)))
 
     def where(self, i: int) -> str:
-        """Such as "data/train.jsonl, line 7"; a JSON array has rows in place of lines."""
-        path, unit = self.files[self._file[i]]
-        return f"{path}, {unit} {self._number[i]}"
-
-    def _append(self, row: Any, number: int, where: str) -> None:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object {{...}}, got {_kind(row)}")
-        self.rows.append(row)
-        self._file.append(len(self.files) - 1)
-        self._number.append(number)
+        """Such as "data/train.jsonl, line 7"; what is no JSON lines has rows in place of lines."""
+        return self.sources[self._source[i]][0].where(self._number[i])
 
 
-def read_rows(paths: Iterable[str | os.PathLike], *, limit: int | None = None) -> Rows:
-    """Read every row of the files, or of the .json and .jsonl files in folders, in order.
+def read_rows(
+    paths: Iterable[str | os.PathLike], *, limit: int | None = None, split: str | None = None, subset: str | None = None
+) -> Rows:
+    """The rows of the files, or of all data files in folders, in order.
 
     Args:
         paths: files or folders. A .json file holds an array of objects, or one object a line like .jsonl.
         limit: stop after so many rows.
-    Raises: FileNotFoundError; ValueError with file, 1-based line and reason; ValueError when there is no row.
+        split, subset: of a folder written by `DatasetDict.save_to_disk`; the folder `subset` below it.
+    Raises: FileNotFoundError; ValueError with file and reason here, and with the 1-based line or row for what is
+        found when a row is read; ValueError when there is no row.
     """
     out = Rows()
-    files = [file for path in paths for file in _data_files(Path(path))]
+    files = [file for path in paths for file in _data_files(Path(path), subset)]
     for path in files:
-        if limit is not None and len(out) >= limit:
+        left = None if limit is None else limit - len(out)
+        if left is not None and left <= 0:
             break
-        if path.suffix == ".json" and _first_character(path) == b"[":
-            _read_array(path, out, limit)
-        else:
-            _read_lines(path, out, limit)
-    if not out.rows:
+        out.add(open_source(path, left, split))
+    if not len(out):
         names = ", ".join(str(p) for p in files) or "no file was given"
         raise ValueError(f"the dataset is empty: no row in {names}")
     return out
 
 
-def _data_files(path: Path) -> list[Path]:
+def is_data(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) and path.name != "dataset_info.json"
+
+
+def _data_files(path: Path, subset: str | None = None) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name != "dataset_info.json")
+        path = path / subset if subset else path
+        if not path.is_dir():
+            raise FileNotFoundError(f"no folder {path}")
+        if any((path / name).is_file() for name in SAVED):
+            return [path]
+        found = sorted(p for p in path.rglob("*") if p.is_file() and is_data(p))
         if not found:
-            raise ValueError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file")
+            raise ValueError(f"{path}: the folder holds no data file ({', '.join(SUFFIXES)})")
         return found
     if not path.is_file():
         raise FileNotFoundError(f"no data file or folder {path}")
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: expected a {' or '.join(SUFFIXES)} file, got {path.suffix or 'no suffix'}")
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: expected one of {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
     return [path]
-
-
-def _first_character(path: Path) -> bytes:
-    with open(path, "rb") as f:
-        return f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _read_array(path: Path, out: Rows, limit: int | None) -> None:
-    out.files.append((path, "row"))
-    try:
-        items = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    for number, row in enumerate(items, 1):
-        if limit is not None and len(out) >= limit:
-            return
-        out._append(row, number, f"{path}, row {number}")
-
-
-def _read_lines(path: Path, out: Rows, limit: int | None) -> None:
-    out.files.append((path, "line"))
-    with open(path, "rb") as f:  # bytes: lines end at \n alone, so U+2028 inside a string is no line end
-        for number, raw in enumerate(f, 1):
-            if limit is not None and len(out) >= limit:
-                return
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(raw.decode("utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-            out._append(row, number, where)
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
