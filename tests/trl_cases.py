@@ -25,7 +25,9 @@ QUIET = dict(
     per_device_train_batch_size=4,
     seed=0,
 )
-PAIRS = [{"prompt": f"{i}{9 - i}4>", "chosen": "12345"[: 2 + i % 4], "rejected": "98765"[: 5 - i % 3]} for i in range(8)]
+PAIRS = [
+    {"prompt": f"{i}{9 - i}4>", "chosen": "12345"[: 2 + i % 4], "rejected": "98765"[: 5 - i % 3]} for i in range(8)
+]
 DATA = {
     "sft": [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS],
     "dpo": PAIRS,

@@ -272,9 +272,7 @@ def with_adapters(original: Any) -> Any:
         if not hasattr(model.get_output_embeddings(), "base_layer"):
             return
         if cast_lm_head_to_fp32:
-            raise ValueError(
-                "cast_lm_head_to_fp32=True is not possible with an adapter on lm_head"
-            )
+            raise ValueError("cast_lm_head_to_fp32=True is not possible with an adapter on lm_head")
         inner = model.forward.__func__
 
         @functools.wraps(type(model).forward)
