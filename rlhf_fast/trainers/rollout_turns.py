@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlhf_fast.trainers.rewards import load_function
 from rlhf_fast.trainers.rollout import Rollout, Sampler, prompts_at_once
 
 # environment(prompts, completions, columns) -> the next message of each conversation, None where it is over.
@@ -162,6 +163,18 @@ class MultiTurnSampler:
             self.settings,
             torch.tensor([m for talk in talks for m in talk.mask], device=device),
         )
+
+
+def conversations(sampler: Sampler, config: Any, tokenizer: Any) -> MultiTurnSampler:
+    """The sampler of conversations that a `RolloutConfig` describes."""
+    try:
+        environment = load_function(config.environment)
+    except ValueError as error:
+        raise ValueError(f"environment: {error}") from None
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    render = {"render": chat_turn(tokenizer, config.environment_role)} if has_template else {}
+    limits = dict(max_turns=config.max_turns, max_length=config.max_completion_length)
+    return MultiTurnSampler(sampler, environment, tokenizer, **limits, **render)
 
 
 def chat_turn(tokenizer: Any, role: str = "user") -> Callable[[str], str]:
