@@ -140,7 +140,7 @@ def test_yaml_cannot_run_code(place, tmp_path):
 
 def test_other_training_arguments_are_handed_on(place):
     pytest.importorskip("transformers")
-    from rlhf_fast.trainers.base import training_arguments
+    from rlhf_fast.trainers.stage import training_arguments
 
     config = load_config(place("ddp_timeout: '1800'\noptim: sgd\nneftune_noise_alpha: 5\nuse_cpu: true"))
     assert config.training_arguments == {"ddp_timeout": 1800, "optim": "sgd", "neftune_noise_alpha": 5}
@@ -154,7 +154,7 @@ def test_other_training_arguments_are_handed_on(place):
 
 def test_training_arguments_mean_what_they_say(tmp_path):
     pytest.importorskip("transformers")
-    from rlhf_fast.trainers.base import training_arguments
+    from rlhf_fast.trainers.stage import training_arguments
 
     def make(**values):
         return training_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **values), has_eval=True)

@@ -36,8 +36,8 @@ def _dry_run(config: Any) -> dict[str, Any]:
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
     tokenizer = load_tokenizer(config)
     counts: dict[str, Any] = {}
-    if config.stage == "sft":
-        from rlhf_fast.trainers.sft import load_data
+    if config.takes_training_arguments:
+        from rlhf_fast.trainers.stage import load_data
 
         for key, (dataset, _) in zip(("train", "evaluation"), load_data(config, tokenizer, quiet=True), strict=True):
             if dataset is not None:

@@ -1,4 +1,4 @@
-"""What SFT, the reward model, DPO and KTO share: a `transformers.Trainer` whose sums are exact, and the run around it.
+"""What SFT, the reward model, DPO and KTO share: a `transformers.Trainer` whose sums are exact.
 
 A stage says what it counts (`counts`: tokens, pairs, ...) and what one micro-batch adds to the loss and the metrics
 when those counts are known for the whole step (`share`). Then, whatever the micro-batches and ranks:
@@ -10,8 +10,6 @@ The evaluation is the same formula with the whole evaluation set as its one step
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -20,22 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .callbacks import QuietProgress, RunLogCallback, SkipBrokenSteps
-from .config import TrainerConfig
-from .hf_utils import load_tokenizer, ready_tokenizer, resume_path, vocabulary_size
+from .callbacks import SkipBrokenSteps
+from .hf_utils import ready_tokenizer
 from .policy import updating_mode
-from .readers import Rows, read_rows
-from .run_log import RunLog, peak_memory_mb, write_atomic
+from .run_log import peak_memory_mb
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class FusedTrainer(Trainer):
-    """A `transformers.Trainer` with exact normalisers, metrics averaged over the logging window, and broken steps skipped.
+    """A `transformers.Trainer` with exact normalisers, metrics averaged over the logging window, broken steps skipped.
 
     Subclasses define `counts` and `share`, and may extend `totals`, `finish_metrics` and `extra_state`.
 
@@ -69,9 +64,11 @@ class FusedTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True
         self.disable_dropout = disable_dropout
+        self.parameter_groups: list[dict[str, Any]] | None = None
         self.broken_steps = SkipBrokenSteps()
         self.add_callback(self.broken_steps)
-        self._window, self._window_steps, self._evaluation = _Sums(), 0, _Sums()
+        self.add_callback(_AfterStep(self))
+        self._step, self._window, self._window_steps, self._evaluation = _Sums(), _Sums(), 0, _Sums()
         self._tokens: Tensor | int = 0
         self._tokens_since = time.perf_counter()
 
@@ -96,6 +93,13 @@ class FusedTrainer(Trainer):
         """Metrics that follow from the others, of a logging window or an evaluation; "loss" is among them."""
         return metrics
 
+    def after_step(self) -> None:
+        """After each optimiser step, before anything is logged or saved."""
+
+    def step_metrics(self) -> dict[str, Tensor]:
+        """The metrics of the step just made, over its micro-batches and all ranks."""
+        return self._step.reduced(self.accelerator)
+
     def extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside model, optimiser, schedule and random states."""
         return {}
@@ -105,6 +109,13 @@ class FusedTrainer(Trainer):
 
     # ---- training
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of the arguments, over `parameter_groups` where they are set (LoRA+)."""
+        if self.optimizer is None and self.parameter_groups is not None:
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer(self.parameter_groups, **options)
+        return super().create_optimizer(model)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Totals | None]:
@@ -112,7 +123,7 @@ class FusedTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        self._window_steps += 1
+        self._step = _Sums()
         return batches, self.totals(batches)
 
     def training_step(
@@ -135,7 +146,7 @@ class FusedTrainer(Trainer):
         totals = self.totals([inputs]) if num_items_in_batch is None else num_items_in_batch
         loss, metrics = self.share(model, inputs, totals)
         if self.is_in_train:
-            self._window.add(metrics)
+            self._step.add(metrics)
         ranks = self.accelerator.num_processes
         loss = loss * ranks if ranks > 1 else loss
         return (loss, metrics) if return_outputs else loss
@@ -192,6 +203,17 @@ class FusedTrainer(Trainer):
             self.load_extra_state(load_file(Path(checkpoint) / EXTRA_STATE))
 
 
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: FusedTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.after_step()
+        trainer._window.add(trainer._step.values)
+        trainer._window_steps += 1
+
+
 EXTRA_STATE = "stage_state.safetensors"
 
 
@@ -228,144 +250,6 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
-# ---- the run
-
-
-def run_stage(
-    config: TrainerConfig,
-    *,
-    tokenize: Callable[[Rows, Any], Any],
-    load: Callable[[TrainerConfig, Any], nn.Module],
-    build: Callable[..., FusedTrainer],
-    check: Callable[[Any, int, Rows, Any], None],
-    callbacks: Sequence[Any] = (),
-) -> dict[str, Any]:
-    """Train one stage as its configuration says; returns what `summary.json` holds.
-
-    Data is read and checked before the model is loaded. The output folder gets the model, the tokenizer, the
-    resolved configuration and the files of `RunLog`.
-
-    Args:
-        tokenize: (rows, tokenizer) -> dataset with `stats` and `select`.
-        load: (config, tokenizer) -> model.
-        build: (model, args, processing_class=, train_dataset=, eval_dataset=, callbacks=) -> trainer.
-        check: (dataset, vocabulary size, rows, tokenizer); raises when an id does not fit the model.
-    """
-    start = time.perf_counter()
-    config.check_paths()
-    checkpoint = resume_path(config)
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config)
-    train, evaluation = load_data(config, lambda rows: tokenize(rows, tokenizer))
-    set_seed(config.seed)  # weights that are made here do not depend on how the data was read
-    model = load(config, tokenizer)
-    for dataset, rows in (train, evaluation):
-        if dataset is not None:
-            check(dataset, vocabulary_size(model), rows, tokenizer)
-    use_cache = model.config.use_cache
-
-    resume_step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    with RunLog(config.output_dir, resume_step=resume_step) as run_log:
-        save_config(config, run_log)
-        trainer = build(
-            model,
-            training_arguments(config, has_eval=evaluation[0] is not None),
-            processing_class=tokenizer,
-            train_dataset=train[0],
-            eval_dataset=evaluation[0],
-            callbacks=[RunLogCallback(run_log, curves=config.plot_loss), *callbacks],
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
-        if not config.disable_tqdm:
-            trainer.add_callback(QuietProgress)
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        metrics = trainer.evaluate() if evaluation[0] is not None else {}
-        model.config.use_cache = use_cache  # the Trainer switches it off
-        trainer.save_model(config.output_dir)
-        (Path(config.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-        if config.plot_loss:
-            run_log.curves()
-        return run_log.summary(
-            stage=config.stage,
-            steps=result.global_step,
-            train_loss=result.training_loss,
-            **{name: value for name, value in metrics.items() if not name.endswith(SPEEDS) and name != "epoch"},
-            **({"best_step": trainer.state.best_global_step} if trainer.state.best_global_step else {}),
-            data=dataclasses.asdict(train[0].stats),
-            skipped_steps=trainer.broken_steps.skipped,
-            tokens_per_second=_median([row.get("tokens_per_second") for row in run_log.rows]),
-            peak_memory_mb=round(peak_memory_mb(), 1),
-            seconds=round(time.perf_counter() - start, 2),
-            output_dir=str(config.output_dir),
-        )
-
-
-SPEEDS = ("_runtime", "_per_second", "_preparation_time")
-Loaded = tuple[Any, "Rows | None"]
-
-
-def load_data(config: TrainerConfig, tokenize: Callable[[Rows], Any], *, quiet: bool = False) -> tuple[Loaded, Loaded]:
-    """((training set, its rows), (evaluation set, its rows)); the latter are None without an evaluation set."""
-
-    def load(key: str) -> Loaded:
-        rows = read_rows(config.dataset_paths(key), limit=config.max_samples)
-        dataset = tokenize(rows)
-        if not (quiet or config.disable_tqdm):
-            print(f"{key}: {dataset.stats}", file=sys.stderr)  # for people, off the output of programs
-        return dataset, rows
-
-    train, rows = load("dataset")
-    if config.eval_dataset:
-        return (train, rows), load("eval_dataset")
-    if not config.val_size:
-        return (train, rows), (None, None)
-    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(train)))
-    if held >= len(train):
-        raise ValueError(f"val_size={config.val_size} leaves none of {len(train)} rows to train on")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return (train.select(sorted(order[held:])), rows), (train.select(sorted(order[:held])), rows)
-
-
-def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArguments:
-    """The Trainer's arguments; `config.training_arguments` has the last word."""
-    report_to = config.report_to if isinstance(config.report_to, list) else config.report_to.split(",")
-    values: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "run_name": config.run_name,
-        "warmup_steps": config.warmup_steps or config.warmup_ratio,  # below 1: a share of the steps
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
-        "eval_strategy": "steps" if config.eval_steps and has_eval else "no",
-        "eval_steps": config.eval_steps or None,
-        "report_to": [name.strip() for name in report_to],
-        "data_seed": config.seed,
-        "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
-        "logging_nan_inf_filter": False,  # a NaN loss is to be seen
-    }
-    same = "seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate"
-    same += " lr_scheduler_type num_train_epochs max_steps weight_decay adam_beta1 adam_beta2 adam_epsilon"
-    same += " max_grad_norm bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm"
-    values |= {name: getattr(config, name) for name in same.split()}
-    names = {f.name for f in dataclasses.fields(TrainingArguments)}
-    new = "activation_checkpointing"  # its name from transformers 5.20 or so on
-    values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
-    values |= config.training_arguments
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the training arguments do not fit: {error}") from error
-
-
-def save_config(config: TrainerConfig, run_log: RunLog) -> None:
-    """Write the resolved configuration to `run_config.yaml`."""
-    import yaml
-
-    if run_log.main:
-        path = Path(config.output_dir) / "run_config.yaml"
-        write_atomic(path, lambda f: f.write(yaml.safe_dump(config.to_dict(), sort_keys=False)))
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    ordered = sorted(v for v in values if v)
-    return ordered[len(ordered) // 2] if ordered else None
+def sequence_count(batch: Mapping[str, Any]) -> int:
+    """Sequences in a padded or packed batch."""
+    return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(batch["input_ids"])

@@ -21,10 +21,11 @@ from transformers import TrainingArguments
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.losses.nll import NLL
 
-from .base import FusedTrainer, Totals, model_inputs, run_stage
-from .data import Collator, check_vocabulary, tokenize_sft
+from .base import FusedTrainer, Totals, model_inputs
+from .collators import Collator
 from .hf_utils import load_model
 from .sft_config import SFTConfig
+from .stage import run_stage
 
 
 class SFTTrainer(FusedTrainer):
@@ -68,18 +69,8 @@ def perplexity(loss: float) -> float:
 def run_sft(config: SFTConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Fine-tune as the configuration says; returns what `summary.json` holds."""
 
-    def tokenize(rows: Any, tokenizer: Any) -> Any:
-        return tokenize_sft(
-            rows,
-            tokenizer,
-            max_length=config.cutoff_len,
-            overlong_prompt=config.overlong_prompt,
-            train_on_prompt=config.train_on_prompt,
-        )
-
     def build(model: nn.Module, args: TrainingArguments, *, processing_class: Any, **common: Any) -> SFTTrainer:
-        return SFTTrainer(model, args, processing_class=processing_class, **common)
+        collator = Collator(processing_class.pad_token_id, packing=config.packing)
+        return SFTTrainer(model, args, processing_class=processing_class, data_collator=collator, **common)
 
-    return run_stage(
-        config, tokenize=tokenize, load=load_model, build=build, check=check_vocabulary, callbacks=callbacks
-    )
+    return run_stage(config, load=load_model, build=build, callbacks=callbacks)

@@ -1,0 +1,177 @@
+"""The run around a `FusedTrainer`: data before model, the run's files, training, evaluation, the saved model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .base import FusedTrainer
+from .callbacks import QuietProgress, RunLogCallback
+from .config import TrainerConfig
+from .data import check_vocabulary, tokenize_sft
+from .hf_utils import load_tokenizer, resume_path, vocabulary_size
+from .lora import optimizer_groups
+from .packing import check_packing
+from .pairs import tokenize_kto, tokenize_pairs
+from .readers import Rows, read_rows
+from .run_log import RunLog, peak_memory_mb, write_atomic
+
+
+def run_stage(
+    config: TrainerConfig,
+    *,
+    load: Callable[[TrainerConfig, Any], nn.Module],
+    build: Callable[..., FusedTrainer],
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Train one stage as its configuration says; returns what `summary.json` holds.
+
+    Data is read and checked before the model is loaded. The output folder gets the model, the tokenizer, the
+    resolved configuration and the files of `RunLog`.
+
+    Args:
+        load: (config, tokenizer) -> model.
+        build: (model, args, processing_class=, train_dataset=, eval_dataset=, callbacks=) -> trainer.
+    """
+    start = time.perf_counter()
+    config.check_paths()
+    checkpoint = resume_path(config)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config)
+    train, evaluation = load_data(config, tokenizer)
+    set_seed(config.seed)  # weights that are made here do not depend on how the data was read
+    model = load(config, tokenizer)
+    for dataset, rows in (train, evaluation):
+        if dataset is not None:
+            check_vocabulary(dataset, vocabulary_size(model), rows, tokenizer)
+    if config.packing:
+        check_packing(model)
+    use_cache = model.config.use_cache
+
+    resume_step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    with RunLog(config.output_dir, resume_step=resume_step) as run_log:
+        save_config(config, run_log)
+        trainer = build(
+            model,
+            training_arguments(config, has_eval=evaluation[0] is not None),
+            processing_class=tokenizer,
+            train_dataset=train[0],
+            eval_dataset=evaluation[0],
+            callbacks=[RunLogCallback(run_log, curves=config.plot_loss), *callbacks],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        if not config.disable_tqdm:
+            trainer.add_callback(QuietProgress)
+        if config.loraplus_lr_ratio is not None:
+            trainer.parameter_groups = optimizer_groups(model, config)
+        trained = {}
+        if config.do_train:
+            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trained = {"steps": result.global_step, "train_loss": result.training_loss}
+        metrics = trainer.evaluate() if evaluation[0] is not None else {}
+        model.config.use_cache = use_cache  # the Trainer switches it off
+        if config.do_train:
+            trainer.save_model(config.output_dir)
+            (Path(config.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+        if config.plot_loss:
+            run_log.curves()
+        return run_log.summary(
+            stage=config.stage,
+            **trained,
+            **{name: value for name, value in metrics.items() if not name.endswith(SPEEDS) and name != "epoch"},
+            **({"best_step": trainer.state.best_global_step} if trainer.state.best_global_step else {}),
+            data=dataclasses.asdict(train[0].stats),
+            skipped_steps=trainer.broken_steps.skipped,
+            tokens_per_second=_median([row.get("tokens_per_second") for row in run_log.rows]),
+            peak_memory_mb=round(peak_memory_mb(), 1),
+            seconds=round(time.perf_counter() - start, 2),
+            output_dir=str(config.output_dir),
+        )
+
+
+SPEEDS = ("_runtime", "_per_second", "_preparation_time")
+Loaded = tuple[Any, "Rows | None"]
+
+
+def load_data(config: TrainerConfig, tokenizer: Any, *, quiet: bool = False) -> tuple[Loaded, Loaded]:
+    """((training set, its rows), (evaluation set, its rows)); the latter are None without an evaluation set."""
+
+    def load(key: str) -> Loaded:
+        rows = read_rows(config.dataset_paths(key), limit=config.max_samples)
+        dataset = tokenize(config, rows, tokenizer)
+        if not (quiet or config.disable_tqdm):
+            print(f"{key}: {dataset.stats}", file=sys.stderr)  # for people, off the output of programs
+        return dataset, rows
+
+    train, rows = load("dataset")
+    if config.eval_dataset:
+        return (train, rows), load("eval_dataset")
+    if not config.val_size:
+        return (train, rows), (None, None)
+    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(train)))
+    if held >= len(train):
+        raise ValueError(f"val_size={config.val_size} leaves none of {len(train)} rows to train on")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return (train.select(sorted(order[held:])), rows), (train.select(sorted(order[:held])), rows)
+
+
+def tokenize(config: TrainerConfig, rows: Rows, tokenizer: Any) -> Any:
+    """The rows as what the stage trains on: examples, pairs or judged answers."""
+    limits = dict(max_length=config.cutoff_len, overlong_prompt=config.overlong_prompt)
+    if config.stage == "sft":
+        return tokenize_sft(rows, tokenizer, train_on_prompt=config.train_on_prompt, **limits)
+    return (tokenize_kto if config.stage == "kto" else tokenize_pairs)(rows, tokenizer, **limits)
+
+
+def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArguments:
+    """The Trainer's arguments; `config.training_arguments` has the last word."""
+    report_to = config.report_to if isinstance(config.report_to, list) else config.report_to.split(",")
+    values: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "run_name": config.run_name,
+        "warmup_steps": config.warmup_steps or config.warmup_ratio,  # below 1: a share of the steps
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "eval_strategy": "steps" if config.eval_steps and has_eval else "no",
+        "eval_steps": config.eval_steps or None,
+        "report_to": [name.strip() for name in report_to],
+        "data_seed": config.seed,
+        "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
+        "logging_nan_inf_filter": False,  # a NaN loss is to be seen
+    }
+    same = "seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate"
+    same += " lr_scheduler_type num_train_epochs max_steps weight_decay adam_beta1 adam_beta2 adam_epsilon"
+    same += " max_grad_norm bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm save_only_model ddp_timeout"
+    values |= {name: getattr(config, name) for name in same.split()}
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    new = "activation_checkpointing"  # its name from transformers 5.20 or so on
+    values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
+    values |= config.training_arguments
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the training arguments do not fit: {error}") from error
+
+
+def save_config(config: TrainerConfig, run_log: RunLog) -> None:
+    """Write the resolved configuration to `run_config.yaml`."""
+    import yaml
+
+    if run_log.main:
+        path = Path(config.output_dir) / "run_config.yaml"
+        write_atomic(path, lambda f: f.write(yaml.safe_dump(config.to_dict(), sort_keys=False)))
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    ordered = sorted(v for v in values if v)
+    return ordered[len(ordered) // 2] if ordered else None
