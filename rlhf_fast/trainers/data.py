@@ -1,8 +1,7 @@
 """Rows to token ids: supervised examples with a per-token "scored" flag, and prompts for reinforcement learning.
 
-Segments are tokenised apart, so no merge crosses from prompt to completion, and one leading BOS at most is added
-where the tokenizer would add it. A completion ends with EOS, which is scored. Everything downstream goes by
-lengths, never by comparing ids with the padding id.
+What a row means is told by `forms`, how it is tokenised and cut by `encoder`. Everything downstream goes by lengths,
+never by comparing ids with the padding id.
 """
 
 from __future__ import annotations
@@ -17,9 +16,17 @@ import torch
 from . import forms
 from .collators import Collator as Collator
 from .collators import first_scored
-from .forms import Segment
+from .encoder import Encoder, check_policy, fit, overlong
 from .readers import Rows
 
+_COUNTS = (
+    "truncated_prompts",
+    "truncated_completions",
+    "last_turn_only",
+    "identical_pairs",
+    "desirable",
+    "undesirable",
+)
 BATCH = 4096  # texts handed to the tokenizer at once
 
 
@@ -33,6 +40,7 @@ class DataStats:
     dropped_nothing_scored: int = 0
     truncated_prompts: int = 0
     truncated_completions: int = 0
+    last_turn_only: int = 0  # conversations whose template rewrites earlier turns, which are not scored
     identical_pairs: int = 0  # chosen and rejected are the same tokens, perhaps after the cut: nothing to learn
     desirable: int = 0  # KTO
     undesirable: int = 0
@@ -47,7 +55,7 @@ class DataStats:
         for name in ("dropped_overlong_prompt", "dropped_nothing_scored"):
             count = getattr(self, name)
             parts += [f"{count:,} dropped ({name.removeprefix('dropped_').replace('_', ' ')})"] if count else []
-        for name in ("truncated_prompts", "truncated_completions", "identical_pairs", "desirable", "undesirable"):
+        for name in _COUNTS:
             count = getattr(self, name)
             parts += [f"{count:,} {name.replace('_', ' ')}"] if count else []
         return ", ".join(parts)
@@ -105,6 +113,7 @@ def tokenize_sft(
     max_length: int,
     overlong_prompt: str = "drop",
     train_on_prompt: bool = False,
+    mask_history: bool = False,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> TokenDataset:
     """Turn rows into examples of at most `max_length` tokens.
@@ -114,6 +123,7 @@ def tokenize_sft(
             (keep the prompt's end; the completion gets what it needs up to half of the room), or "error".
             A completion that is too long is cut, and then ends without EOS.
         train_on_prompt: score every token.
+        mask_history: score the last assistant turn only.
     Raises: ValueError naming file and line on rows of an unknown form; when no row is left.
     """
     check_policy(overlong_prompt)
@@ -123,8 +133,10 @@ def tokenize_sft(
     origin: list[int] = []
     for start in progress(range(0, len(rows), BATCH)):
         batch = range(start, min(start + BATCH, len(rows)))
-        segments = [forms.segments(rows, i, tokenizer) for i in batch]
-        for i, (ids, scored) in zip(batch, encode.many(segments), strict=True):
+        read = [forms.supervised(rows[i], rows.where(i), tokenizer, mask_history=mask_history) for i in batch]
+        stats.last_turn_only += sum(example.last_only for example in read)
+        encoded = encode.many([example.segments for example in read])
+        for i, (ids, scored) in zip(batch, encoded, strict=True):
             cut = fit(ids, scored, max_length, overlong_prompt, encode.prefix, stats)
             if cut is None:
                 if overlong_prompt == "error":
@@ -162,9 +174,10 @@ def tokenize_prompts(
     prompts: list[Prompt] = []
     for start in range(0, len(rows), BATCH):
         batch = range(start, min(start + BATCH, len(rows)))
-        segments = [forms.prompt(rows, i, tokenizer) for i in batch]
+        read = [rows[i] for i in batch]
+        segments = [forms.prompt(row, rows.where(i), tokenizer) for i, row in zip(batch, read, strict=True)]
         encoded = encode.many([[segment] for segment in segments])
-        for i, segment, (array_ids, _) in zip(batch, segments, encoded, strict=True):
+        for i, row, segment, (array_ids, _) in zip(batch, read, segments, encoded, strict=True):
             ids = array_ids.tolist()
             if len(ids) > max_length:
                 if overlong_prompt == "error":
@@ -177,98 +190,13 @@ def tokenize_prompts(
                 ids = prefix + ids[len(ids) - (max_length - len(prefix)) :]
             if not ids:
                 raise ValueError(f"{rows.where(i)}: the prompt is empty")
-            prompts.append(Prompt(ids, segment.text, rows[i], rows.where(i)))
+            prompts.append(Prompt(ids, segment.text, row, rows.where(i)))
             stats.tokens += len(ids)
             stats.longest = max(stats.longest, len(ids))
     stats.kept = len(prompts)
     if not prompts:
         raise ValueError(f"no prompt is left: {stats}")
     return prompts, stats
-
-
-class Encoder:
-    """Tokenises segments apart and joins them: BOS at most once, EOS at the end of what is scored."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.eos = tokenizer.eos_token_id
-        if self.eos is None:
-            raise ValueError("the tokenizer has no EOS token: a completion could not learn to end")
-        bos = tokenizer.bos_token_id
-        self.prefix = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-
-    def many(self, rows: list[list[Segment]], *, bos: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one.
-
-        `bos=False` for rows that continue another one.
-        """
-        texts = [segment.text for row in rows for segment in row]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces = iter(encoded["input_ids"])
-        out = []
-        for row in rows:
-            ids: list[int] = []
-            scored: list[bool] = []
-            for segment in row:
-                piece = next(pieces)
-                keep = [segment.scored] * len(piece)
-                if segment.template and segment.scored and self.eos in piece:
-                    after = piece[::-1].index(self.eos)  # what the template puts after EOS is not the model's
-                    keep[len(piece) - after :] = [False] * after
-                ids += piece
-                scored += keep
-            if row[-1].scored and not _ends_with(ids, scored, self.eos):
-                ids.append(self.eos)
-                scored.append(True)
-            if bos and self.prefix and ids[:1] != self.prefix and not row[0].template:
-                ids, scored = self.prefix + ids, [False, *scored]
-            out.append((np.array(ids, dtype=np.int32), np.array(scored, dtype=bool)))
-        return out
-
-
-def fit(
-    ids: np.ndarray, scored: np.ndarray, max_length: int, policy: str, prefix: list[int], stats: DataStats
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The example cut to `max_length`; None when its prompt is too long and may not be cut."""
-    if len(ids) <= max_length:
-        return ids, scored
-    prompt = first_scored(scored)
-    keep = fit_prompt(ids[:prompt], len(ids) - prompt, max_length, policy, prefix)
-    if keep is None:
-        return None
-    stats.truncated_prompts += len(keep) < prompt
-    keep = np.concatenate([keep, np.arange(prompt, len(ids))])
-    stats.truncated_completions += len(keep) > max_length
-    return ids[keep[:max_length]], scored[keep[:max_length]]
-
-
-def fit_prompt(
-    prompt: np.ndarray, completion: int, max_length: int, policy: str, prefix: list[int]
-) -> np.ndarray | None:
-    """Indices of the prompt's tokens that stay beside a completion of so many tokens; None: drop the row.
-
-    A prompt that leaves any room stays whole. One that is cut keeps BOS and its end, in the room that the completion
-    leaves, or in half of `max_length` if that is more.
-    """
-    if len(prompt) < max_length or len(prompt) + completion <= max_length:
-        return np.arange(len(prompt))
-    if policy != "truncate":
-        return None
-    room = max(max_length - completion, max_length // 2)
-    head = len(prefix) if prompt[: len(prefix)].tolist() == prefix else 0
-    return np.concatenate([np.arange(head), np.arange(len(prompt) - (room - head), len(prompt))])
-
-
-def overlong(rows: Rows, i: int, prompt: int, max_length: int) -> ValueError:
-    """The error for a prompt of so many tokens that leaves no room for a completion."""
-    return ValueError(
-        f"{rows.where(i)}: the prompt of {prompt} tokens leaves no room for a completion in cutoff_len={max_length}"
-    )
-
-
-def check_policy(overlong_prompt: str) -> None:
-    if overlong_prompt not in ("drop", "truncate", "error"):
-        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
 
 
 def check_vocabulary(dataset: Any, vocab_size: int, rows: Rows, tokenizer: Any = None) -> None:
@@ -302,12 +230,6 @@ def flatten(examples: list[tuple[np.ndarray, np.ndarray]], origin: list[int], st
     stats.kept, stats.tokens = len(examples), len(ids)
     stats.scored_tokens, stats.longest = int(scored.sum() - first), int(lengths.max())
     return TokenDataset(ids, scored, offsets, np.array(origin, dtype=np.int64), stats)
-
-
-def _ends_with(ids: list[int], scored: list[bool], eos: int) -> bool:
-    """Whether the last scored token is EOS."""
-    last = next((k for k in range(len(ids) - 1, -1, -1) if scored[k]), None)
-    return last is not None and ids[last] == eos
 
 
 def _vocabulary_error(rows: Rows, i: int, token_id: int, vocab_size: int, tokenizer: Any) -> str:

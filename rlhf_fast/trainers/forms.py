@@ -1,12 +1,16 @@
 """The forms that a row may take, and the segments of text that each form means.
 
-    {"prompt", "completion" | "response" | "output"}      strings, or lists of chat messages
-    {"messages": [{"role", "content"}, ...]}              the tokenizer's chat template; assistant turns are scored
-    {"instruction", "input"?, "output", "system"?, "history"?}
-    {"text"}                                              everything is scored
+    supervised   {"prompt", "completion" | "response" | "output"}      strings, or lists of chat messages
+                 {"messages" | "conversations": [...]}                 {role, content} or sharegpt's {from, value}
+                 {"instruction", "input"?, "output", "system"?, "history"?}
+                 {"text"}                                              everything is scored
+    pairs        {"prompt"?, "chosen", "rejected"} with "instruction" or "conversations" as well as "prompt"; without
+                 any of them the prompt is what both answers begin with. "margin"?
+    judged       a supervised row with "label" or "kto_tag", or a pair
+    prompts      any of these; its answers are left out
 
-Plain strings are taken as they stand. Alpaca rows go through the chat template when the tokenizer has one; else
-the prompt is instruction and input, a line each.
+Plain strings are taken as they stand. Alpaca rows go through the chat template when the tokenizer has one; else the
+prompt is instruction and input, a line each. A column that is null is one that is not there.
 """
 
 from __future__ import annotations
@@ -14,63 +18,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .readers import Rows
+from .chat import Chat, Segment, Turns, as_messages, chat_segments, has_template, parsed_json
 
 COMPLETION_KEYS = ("completion", "response", "output")
+CHAT_KEYS = ("messages", "conversations")
+Row = Mapping[str, Any]
 
 
-class Segment(NamedTuple):
-    """Text that is tokenised by itself."""
+class Example(NamedTuple):
+    """The segments of a supervised row."""
 
-    text: str
-    scored: bool
-    template: bool = False  # written by a chat template, which brings its own BOS and end of turn
-
-
-def segments(rows: Rows, i: int, tokenizer: Any) -> list[Segment]:
-    """What row `i` means for supervised training."""
-    row = rows[i]
-    if "messages" in row:
-        return _chat_segments(_messages(rows, i, "messages"), 0, rows.where(i), tokenizer)
-    if "instruction" in row and "output" in row:
-        return _alpaca_segments(rows, i, tokenizer)
-    key = next((k for k in COMPLETION_KEYS if k in row), None)
-    if "prompt" in row and key is not None:
-        if isinstance(row["prompt"], list):
-            before = _messages(rows, i, "prompt")
-            reply = row[key]
-            answer = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else _messages(rows, i, key)
-            return _chat_segments(before + answer, len(before), rows.where(i), tokenizer)
-        return [Segment(_string(rows, i, "prompt"), False), Segment(_string(rows, i, key), True)]
-    if "text" in row:
-        return [Segment(_string(rows, i, "text"), True)]
-    raise ValueError(
-        f"{rows.where(i)}: needs prompt + completion (or response), messages, instruction + output, "
-        f"or text; its columns are {_columns(row)}"
-    )
-
-
-def prompt(rows: Rows, i: int, tokenizer: Any) -> Segment:
-    """The prompt of row `i`, for sampling; a trailing assistant turn is no part of it."""
-    row = rows[i]
-    key = next((k for k in ("prompt", "messages") if isinstance(row.get(k), list)), None)
-    if key is not None:
-        messages = _messages(rows, i, key)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise ValueError(f"{rows.where(i)}: {key} has no turn that could be a prompt")
-        return Segment(render(tokenizer, messages, rows.where(i), prompt=True), False, template=True)
-    if "prompt" in row:
-        return Segment(_string(rows, i, "prompt"), False)
-    if "instruction" in row:
-        if has_template(tokenizer):
-            text = render(tokenizer, _alpaca_messages(rows, i), rows.where(i), prompt=True)
-            return Segment(text, False, template=True)
-        return Segment(_alpaca_query(rows, i), False)
-    if "text" in row:
-        return Segment(_string(rows, i, "text"), False)
-    raise ValueError(f"{rows.where(i)}: needs prompt, messages, instruction or text; its columns are {_columns(row)}")
+    segments: list[Segment]
+    last_only: bool  # earlier assistant turns are not scored because the template rewrites them
 
 
 class Pair(NamedTuple):
@@ -82,94 +41,117 @@ class Pair(NamedTuple):
     margin: float | None
 
 
-def pair(rows: Rows, i: int, tokenizer: Any) -> Pair:
-    """Row `i` as a preference pair.
+def supervised(row: Row, where: str, tokenizer: Any, *, mask_history: bool = False) -> Example:
+    """What a row means for supervised training; `mask_history` scores the last assistant turn only."""
+    key = _first(row, COMPLETION_KEYS)
+    chat = _first(row, CHAT_KEYS)
+    if chat is not None:
+        context, answer, scored_from = _messages(row, chat, where), [], 0
+    elif key is not None and (_has(row, "instruction") or _has(row, "prompt")):
+        context = _context(row, where, tokenizer)
+        answer = _answer(row, key, where, context)
+        scored_from = len(context) if _has(row, "prompt") else 0  # history's turns are learnt from
+    elif _has(row, "text"):
+        return Example([Segment(_string(row, "text", where), True)], False)
+    else:
+        raise ValueError(
+            f"{where}: needs prompt + completion (or response), messages, instruction + output, or text; "
+            f"its columns are {_columns(row)}"
+        )
+    if isinstance(context, str):
+        return Example([Segment(context, False), Segment(answer, True)], False)
+    talk = Chat(context + answer, scored_from, where, _tools(row, where))
+    segments, last_only = chat_segments(talk, tokenizer, last_only=mask_history)
+    return Example([s for s in segments if s.text], last_only)
 
-    {"prompt", "chosen", "rejected"}: strings, or lists of messages; without "prompt" it is what both begin with.
-    {"instruction", "input"?, "chosen", "rejected"} and {"conversations" | "messages", "chosen", "rejected"}.
-    """
-    row = rows[i]
-    if not ("chosen" in row and "rejected" in row):
-        raise ValueError(f"{rows.where(i)}: a pair needs chosen and rejected; its columns are {_columns(row)}")
-    context = _context(rows, i, tokenizer)
-    chosen, rejected = (_answer(rows, i, key, context) for key in ("chosen", "rejected"))
+
+def prompt(row: Row, where: str, tokenizer: Any) -> Segment:
+    """The prompt of a row, for sampling; a trailing assistant turn is no part of it."""
+    context = _context(row, where, tokenizer)
+    if context is None and _has(row, "chosen") and _has(row, "rejected"):
+        context = _common_prefix(*(_answer(row, key, where, None) for key in ("chosen", "rejected")), where)[0]
+    if context is None and _has(row, "text"):
+        context = _string(row, "text", where)
     if context is None:
-        context, chosen, rejected = _common_prefix(chosen, rejected, rows.where(i))
-    sides = [answer_segments(context, answer, rows.where(i), tokenizer) for answer in (chosen, rejected)]
-    (prompt, *chosen), (_, *rejected) = sides
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin != margin):
-        raise ValueError(f"{rows.where(i)}: margin must be a number, got {margin!r:.60}")
-    return Pair([prompt], chosen, rejected, margin)
+        raise ValueError(f"{where}: needs prompt, messages, instruction or text; its columns are {_columns(row)}")
+    if isinstance(context, str):
+        return Segment(context, False)
+    while context and context[-1]["role"] == "assistant":
+        context = context[:-1]
+    if not context:
+        raise ValueError(f"{where}: the conversation has no turn that could be a prompt")
+    text = Chat(context, len(context), where, _tools(row, where)).render(tokenizer, prompt=True)
+    return Segment(text, False, template=True)
 
 
-def judged(rows: Rows, i: int, tokenizer: Any) -> list[tuple[list[Segment], bool]]:
-    """The answers of row `i` with their labels: one, or two for a pair.
+def pair(row: Row, where: str, tokenizer: Any) -> Pair:
+    """What a row means as a preference pair."""
+    if not (_has(row, "chosen") and _has(row, "rejected")):
+        raise ValueError(f"{where}: a pair needs chosen and rejected; its columns are {_columns(row)}")
+    context = _context(row, where, tokenizer)
+    chosen, rejected = (_answer(row, key, where, context) for key in ("chosen", "rejected"))
+    if context is None:
+        context, chosen, rejected = _common_prefix(chosen, rejected, where)
+    tools = _tools(row, where)
+    (before, *chosen), (_, *rejected) = (_answered(context, a, where, tokenizer, tools) for a in (chosen, rejected))
+    return Pair([before], chosen, rejected, _margin(row, where))
 
-    {"prompt", "completion" | "response" | "output", "label"}, an alpaca or a chat row with "kto_tag" or "label"
-    (the last assistant turn is judged), or a pair.
-    """
-    row = rows[i]
-    key = next((k for k in ("label", "kto_tag") if k in row), None)
-    if key is None and "chosen" in row and "rejected" in row:
-        p = pair(rows, i, tokenizer)
+
+def judged(row: Row, where: str, tokenizer: Any) -> list[tuple[list[Segment], bool]]:
+    """The answers of a row with their labels: one, or two for a pair. Of a conversation the last turn is judged."""
+    key = _first(row, ("label", "kto_tag"))
+    if key is None and _has(row, "chosen") and _has(row, "rejected"):
+        p = pair(row, where, tokenizer)
         return [(p.prompt + p.chosen, True), (p.prompt + p.rejected, False)]
     if key is None:
         raise ValueError(
-            f"{rows.where(i)}: needs label or kto_tag (true or false), or chosen and rejected; "
-            f"its columns are {_columns(row)}"
+            f"{where}: needs label or kto_tag (true or false), or chosen and rejected; its columns are {_columns(row)}"
         )
-    label = row[key]
-    if not (isinstance(label, bool) or label in (0, 1)):
-        raise ValueError(f"{rows.where(i)}: {key} must be true or false, got {label!r:.60}")
-    context = _context(rows, i, tokenizer)
-    name = next((k for k in COMPLETION_KEYS if k in row), None)
-    if name is not None:
-        answer = _answer(rows, i, name, context)
-    elif isinstance(context, list) and context and context[-1]["role"] == "assistant":
+    label = _truth(row[key], key, where)
+    context, name = _context(row, where, tokenizer), _first(row, COMPLETION_KEYS)
+    if _first(row, CHAT_KEYS) and context and context[-1]["role"] == "assistant":
         context, answer = context[:-1], context[-1:]
+    elif name is not None and context is not None:
+        answer = _answer(row, name, where, context)
     else:
-        raise ValueError(f"{rows.where(i)}: no answer to judge; its columns are {_columns(row)}")
-    return [(answer_segments(context, answer, rows.where(i), tokenizer), bool(label))]
+        raise ValueError(f"{where}: no prompt with an answer to judge; its columns are {_columns(row)}")
+    return [(_answered(context, answer, where, tokenizer, _tools(row, where)), label)]
 
 
-Turns = list[dict[str, Any]]
-
-
-def answer_segments(context: str | Turns, answer: str | Turns, where: str, tokenizer: Any) -> list[Segment]:
+def _answered(context: str | Turns, answer: Any, where: str, tokenizer: Any, tools: list | None) -> list[Segment]:
     """The prompt's segment, and then the answer's; the answer's assistant turns are scored."""
     if isinstance(context, str):
         return [Segment(context, False), Segment(answer, True)]
     if answer[0]["role"] != "assistant":
         raise ValueError(f"{where}: an answer must begin with an assistant turn, got role {answer[0]['role']!r}")
-    return _chat_segments(context + answer, len(context), where, tokenizer, keep_empty=True)
+    return chat_segments(Chat(context + answer, len(context), where, tools), tokenizer)[0]
 
 
-def _context(rows: Rows, i: int, tokenizer: Any) -> str | Turns | None:
-    """What the answers of row `i` answer: text or messages; None when only the answers tell."""
-    row = rows[i]
-    if "prompt" in row:
-        return _messages(rows, i, "prompt") if isinstance(row["prompt"], list) else _string(rows, i, "prompt")
-    for key in ("messages", "conversations"):
-        if key in row:
-            return _messages(rows, i, key)
-    if "instruction" in row:
+def _context(row: Row, where: str, tokenizer: Any) -> str | Turns | None:
+    """What the answers of a row answer: text or messages; None when only the answers tell."""
+    chat = _first(row, CHAT_KEYS)
+    if chat is not None:
+        return _messages(row, chat, where)
+    if _has(row, "prompt"):
+        return _messages(row, "prompt", where) if isinstance(row["prompt"], list) else _string(row, "prompt", where)
+    if _has(row, "instruction"):
+        query = _alpaca_query(row, where)
         if has_template(tokenizer):
-            return _alpaca_messages(rows, i)
-        return _alpaca_query(rows, i)
+            return [*_system(row, where), *_history(row, where), {"role": "user", "content": query}]
+        if row.get("history") or row.get("system"):
+            raise ValueError(f"{where}: system and history need a chat template, and the tokenizer has none")
+        return query
     return None
 
 
-def _answer(rows: Rows, i: int, key: str, context: str | Turns | None) -> str | Turns:
+def _answer(row: Row, key: str, where: str, context: str | Turns | None) -> Any:
     """An answer in the shape of its prompt."""
-    value = rows[i][key]
+    value = row[key]
+    if isinstance(context, str) or (context is None and isinstance(value, str)):
+        return _string(row, key, where)
     if isinstance(value, str):
-        return value if context is None or isinstance(context, str) else [{"role": "assistant", "content": value}]
-    if isinstance(context, str):
-        raise ValueError(f"{rows.where(i)}: {key} must be a string as its prompt is, got {value!r:.60}")
-    if isinstance(value, dict):
-        value = [value]
-    return _as_messages(value, key, rows.where(i))
+        return [{"role": "assistant", "content": value}]
+    return as_messages([value] if isinstance(value, Mapping) else value, key, where)
 
 
 def _common_prefix(chosen: str | Turns, rejected: str | Turns, where: str) -> tuple[Any, Any, Any]:
@@ -184,104 +166,88 @@ def _common_prefix(chosen: str | Turns, rejected: str | Turns, where: str) -> tu
             n -= 1
         n -= n > 0 and chosen[n - 1] == " "  # a space belongs to the word behind it
     else:
-        while n and (n == len(chosen) or n == len(rejected) or not _answers(chosen[n], rejected[n])):
+        n = min(n, len(chosen) - 1, len(rejected) - 1)
+        while n and not chosen[n]["role"] == rejected[n]["role"] == "assistant":
             n -= 1
     if not n:
         raise ValueError(f"{where}: no prompt, and chosen and rejected do not begin alike")
     return chosen[:n], chosen[n:], rejected[n:]
 
 
-def _answers(*messages: dict[str, Any]) -> bool:
-    return all(m["role"] == "assistant" for m in messages)
+def _messages(row: Row, key: str, where: str) -> Turns:
+    messages = as_messages(row[key], key, where)
+    return messages if messages[0]["role"] == "system" else _system(row, where) + messages
 
 
-def _chat_segments(
-    messages: Turns, scored_from: int, where: str, tokenizer: Any, *, keep_empty: bool = False
-) -> list[Segment]:
-    """Alternating context and assistant text; assistant turns from `scored_from` on are scored."""
-    segments: list[Segment] = []
-    done = ""
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant" or k < scored_from:
-            continue
-        before = render(tokenizer, messages[:k], where, prompt=True) if k else ""
-        after = render(tokenizer, messages[: k + 1], where, prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError(
-                f"{where}: the chat template rewrites earlier turns, so turn {k + 1} cannot be scored apart; "
-                "split the conversation into one row for each assistant turn"
-            )
-        segments += [Segment(before[len(done) :], False, True), Segment(after[len(before) :], True, True)]
-        done = after
-    if not segments:
-        raise ValueError(f"{where}: no assistant turn to learn from")
-    return segments if keep_empty else [s for s in segments if s.text]
+def _system(row: Row, where: str) -> Turns:
+    return [{"role": "system", "content": _string(row, "system", where)}] if row.get("system") else []
 
 
-def _alpaca_segments(rows: Rows, i: int, tokenizer: Any) -> list[Segment]:
-    output = _string(rows, i, "output")
-    if has_template(tokenizer):
-        messages = [*_alpaca_messages(rows, i), {"role": "assistant", "content": output}]
-        return _chat_segments(messages, 0, rows.where(i), tokenizer)
-    if rows[i].get("history") or rows[i].get("system"):
-        raise ValueError(f"{rows.where(i)}: system and history need a chat template, and the tokenizer has none")
-    return [Segment(_alpaca_query(rows, i), False), Segment(output, True)]
+def _history(row: Row, where: str) -> Turns:
+    try:
+        history = parsed_json(row.get("history") or [], "history")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    turns: Turns = []
+    for turn in history if isinstance(history, list) else [history]:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
+            raise ValueError(f"{where}: history must be a list of [user, assistant] pairs, got {turn!r:.60}")
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return turns
 
 
-def _alpaca_query(rows: Rows, i: int) -> str:
-    parts = [_string(rows, i, "instruction")]
-    if rows[i].get("input"):
-        parts.append(_string(rows, i, "input"))
+def _alpaca_query(row: Row, where: str) -> str:
+    parts = [_string(row, key, where) for key in ("instruction", "input") if row.get(key) not in (None, "")]
     return "\n".join(parts)
 
 
-def _alpaca_messages(rows: Rows, i: int) -> list[dict[str, str]]:
-    row = rows[i]
-    messages = [{"role": "system", "content": _string(rows, i, "system")}] if row.get("system") else []
-    for turn in row.get("history") or []:
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
-            raise ValueError(f"{rows.where(i)}: history must be a list of [user, assistant] pairs, got {turn!r}")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return [*messages, {"role": "user", "content": _alpaca_query(rows, i)}]
+def _tools(row: Row, where: str) -> list[dict[str, Any]] | None:
+    """The functions that the assistant may call: a list of schemas, or its JSON text."""
+    if not row.get("tools"):
+        return None
+    try:
+        tools = parsed_json(row["tools"], "tools")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise ValueError(f"{where}: tools must be a list of function schemas, got {tools!r:.60}")
+    return tools or None
 
 
-def _messages(rows: Rows, i: int, key: str) -> Turns:
-    return _as_messages(rows[i][key], key, rows.where(i))
+def _margin(row: Row, where: str) -> float | None:
+    value = row.get("margin")
+    try:
+        margin = None if value is None or value == "" else float(value)
+    except (TypeError, ValueError):
+        margin = float("nan")
+    if margin is not None and (isinstance(value, bool) or not abs(margin) < float("inf")):
+        raise ValueError(f"{where}: margin must be a finite number, got {value!r:.60}")
+    return margin
 
 
-ROLES = {"human": "user", "gpt": "assistant"}  # sharegpt's names
+def _truth(value: Any, key: str, where: str) -> bool:
+    """A truth value, also as 0 or 1 or in words, as a .csv has it."""
+    words = {"true": True, "false": False, "1": True, "0": False}
+    known = words.get(str(value).strip().lower()) if isinstance(value, (str, bool, int)) else None
+    if known is None:
+        raise ValueError(f"{where}: {key} must be true or false, got {value!r:.60}")
+    return known
 
 
-def _as_messages(value: Any, key: str, where: str) -> Turns:
-    """Chat messages; sharegpt's {from, value} become {role, content}."""
-    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-        if all("role" in m for m in value):
-            return value
-        if all("from" in m and "value" in m for m in value):
-            return [{"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value]
-    raise ValueError(f"{where}: {key} must be a list of {{role, content}} objects, got {value!r:.80}")
-
-
-def _string(rows: Rows, i: int, key: str) -> str:
-    value = rows[i][key]
+def _string(row: Row, key: str, where: str) -> str:
+    value = row[key]
     if not isinstance(value, str):
-        raise ValueError(f"{rows.where(i)}: {key} must be a string, got {value!r:.60} ({type(value).__name__})")
+        raise ValueError(f"{where}: {key} must be a string, got {value!r:.60} ({type(value).__name__})")
     return value
 
 
-def _columns(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "none"
+def _has(row: Row, key: str) -> bool:
+    return row.get(key) is not None
 
 
-def has_template(tokenizer: Any) -> bool:
-    return getattr(tokenizer, "chat_template", None) is not None
+def _first(row: Row, keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if _has(row, key)), None)
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], where: str, *, prompt: bool) -> str:
-    """The chat template's text; `prompt` adds the header of the assistant's turn."""
-    if not has_template(tokenizer):
-        raise ValueError(f"{where}: chat messages need a chat template, and the tokenizer has none")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # jinja's own errors, and what a template raises by itself
-        raise ValueError(f"{where}: the chat template failed: {error}") from None
+def _columns(row: Row) -> str:
+    return ", ".join(f"{key} (null)" if value is None else str(key) for key, value in row.items()) or "none"

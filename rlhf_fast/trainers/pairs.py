@@ -13,17 +13,8 @@ import numpy as np
 import torch
 
 from . import forms
-from .data import (
-    BATCH,
-    DataStats,
-    Encoder,
-    TokenDataset,
-    check_policy,
-    fit,
-    fit_prompt,
-    flatten,
-    overlong,
-)
+from .data import BATCH, DataStats, TokenDataset, flatten
+from .encoder import Encoder, check_policy, fit, fit_prompt, overlong
 from .readers import Rows
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids and scored, (T,) each
@@ -98,7 +89,7 @@ def tokenize_pairs(
     margins: list[float | None] = []
     for start in progress(range(0, len(rows), BATCH)):
         batch = range(start, min(start + BATCH, len(rows)))
-        pairs = [forms.pair(rows, i, tokenizer) for i in batch]
+        pairs = [forms.pair(rows[i], rows.where(i), tokenizer) for i in batch]
         prompts = encode.many([p.prompt for p in pairs])
         answers = encode.many([side for p in pairs for side in (p.chosen, p.rejected)], bos=False)
         for i, pair, prompt, *both in zip(batch, pairs, prompts, answers[::2], answers[1::2], strict=True):
@@ -149,7 +140,7 @@ def tokenize_kto(
     labels: list[bool] = []
     for start in progress(range(0, len(rows), BATCH)):
         batch = range(start, min(start + BATCH, len(rows)))
-        judged = [(i, *answer) for i in batch for answer in forms.judged(rows, i, tokenizer)]
+        judged = [(i, *answer) for i in batch for answer in forms.judged(rows[i], rows.where(i), tokenizer)]
         encoded = encode.many([segments for _, segments, _ in judged])
         for (i, _, label), (ids, scored) in zip(judged, encoded, strict=True):
             kept = fit(ids, scored, max_length, overlong_prompt, encode.prefix, stats)

@@ -1,0 +1,106 @@
+"""Segments to token ids, and ids to a length.
+
+Segments are tokenised apart, so no merge crosses from prompt to completion, and one leading BOS at most is added
+where the tokenizer would add it. A completion ends with EOS, which is scored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .chat import Segment
+from .collators import first_scored
+from .readers import Rows
+
+
+class Encoder:
+    """Tokenises segments apart and joins them: BOS at most once, EOS at the end of what is scored."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ValueError("the tokenizer has no EOS token: a completion could not learn to end")
+        bos = tokenizer.bos_token_id
+        self.prefix = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+    def many(self, rows: list[list[Segment]], *, bos: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one.
+
+        `bos=False` for rows that continue another one.
+        """
+        texts = [segment.text for row in rows for segment in row]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces = iter(encoded["input_ids"])
+        out = []
+        for row in rows:
+            ids: list[int] = []
+            scored: list[bool] = []
+            for segment in row:
+                piece = next(pieces)
+                keep = [segment.scored] * len(piece)
+                if segment.template and segment.scored and self.eos in piece:
+                    after = piece[::-1].index(self.eos)  # what the template puts after EOS is not the model's
+                    keep[len(piece) - after :] = [False] * after
+                ids += piece
+                scored += keep
+            if row[-1].scored and not _ends_with(ids, scored, self.eos):
+                ids.append(self.eos)
+                scored.append(True)
+            if bos and self.prefix and ids[:1] != self.prefix and not row[0].template:
+                ids, scored = self.prefix + ids, [False, *scored]
+            out.append((np.array(ids, dtype=np.int32), np.array(scored, dtype=bool)))
+        return out
+
+
+def fit(
+    ids: np.ndarray, scored: np.ndarray, max_length: int, policy: str, prefix: list[int], stats: Any
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The example cut to `max_length`; None when its prompt is too long and may not be cut."""
+    if len(ids) <= max_length:
+        return ids, scored
+    prompt = first_scored(scored)
+    keep = fit_prompt(ids[:prompt], len(ids) - prompt, max_length, policy, prefix)
+    if keep is None:
+        return None
+    stats.truncated_prompts += len(keep) < prompt
+    keep = np.concatenate([keep, np.arange(prompt, len(ids))])
+    stats.truncated_completions += len(keep) > max_length
+    return ids[keep[:max_length]], scored[keep[:max_length]]
+
+
+def fit_prompt(
+    prompt: np.ndarray, completion: int, max_length: int, policy: str, prefix: list[int]
+) -> np.ndarray | None:
+    """Indices of the prompt's tokens that stay beside a completion of so many tokens; None: drop the row.
+
+    A prompt that leaves any room stays whole. One that is cut keeps BOS and its end, in the room that the completion
+    leaves, or in half of `max_length` if that is more.
+    """
+    if len(prompt) < max_length or len(prompt) + completion <= max_length:
+        return np.arange(len(prompt))
+    if policy != "truncate":
+        return None
+    room = max(max_length - completion, max_length // 2)
+    head = len(prefix) if prompt[: len(prefix)].tolist() == prefix else 0
+    return np.concatenate([np.arange(head), np.arange(len(prompt) - (room - head), len(prompt))])
+
+
+def overlong(rows: Rows, i: int, prompt: int, max_length: int) -> ValueError:
+    """The error for a prompt of so many tokens that leaves no room for a completion."""
+    return ValueError(
+        f"{rows.where(i)}: the prompt of {prompt} tokens leaves no room for a completion in cutoff_len={max_length}"
+    )
+
+
+def check_policy(overlong_prompt: str) -> None:
+    if overlong_prompt not in ("drop", "truncate", "error"):
+        raise ValueError(f"overlong_prompt must be drop, truncate or error, got {overlong_prompt!r}")
+
+
+def _ends_with(ids: list[int], scored: list[bool], eos: int) -> bool:
+    """Whether the last scored token is EOS."""
+    last = next((k for k in range(len(ids) - 1, -1, -1) if scored[k]), None)
+    return last is not None and ids[last] == eos

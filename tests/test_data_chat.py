@@ -1,0 +1,141 @@
+"""Conversations: dialects of messages, which turns are scored, templates that rewrite history, tools."""
+
+from __future__ import annotations
+
+import pytest
+from test_data import CHAT_TEMPLATE, encode, ids_of, marked, word_tokenizer
+
+from rlhf_fast.trainers.data import tokenize_prompts, tokenize_sft
+from rlhf_fast.trainers.readers import Rows
+
+pytest.importorskip("transformers")
+
+# Earlier answers lose their first word, as Qwen3's lose their thoughts.
+REWRITING = (
+    "{% for m in messages %}<|{{ m['role'] }}|> "
+    "{% if m['role'] == 'assistant' %}{{ m['content'] if loop.last else m['content'].split(' ')[1:] | join(' ') }} </s>"
+    "{% else %}{{ m['content'] }}{% endif %} {% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+MARKED = REWRITING.replace("{{ m['content'] if", "{% generation %}{{ m['content'] if").replace(
+    "join(' ') }} </s>", "join(' ') }} {% endgeneration %}</s> nl"
+)
+TOOLS = (
+    "{% if tools %}<|system|> {{ tools | length }} {% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %} {{ call.function.name }} {{ call.function.arguments.x }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def turns(text):
+    """u a / a b: a user turn "a", then an assistant turn "b"."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    parts = [part.strip().split(" ", 1) for part in text.split("/")]
+    return [{"role": roles[role], "content": content} for role, content in parts]
+
+
+def test_a_template_that_rewrites_history_scores_the_last_turn():
+    rows = Rows.from_list([{"messages": turns("u a / a b c / u d / a e f")}, {"messages": turns("u a / a b c")}])
+    data = tokenize_sft(rows, word_tokenizer(template=REWRITING), max_length=100)
+    assert marked(data, 0) == "<|user|> a <|assistant|> c </s> <|user|> d <|assistant|> e* f* </s>*"
+    assert marked(data, 1) == "<|user|> a <|assistant|> b* c* </s>*"
+    assert data.stats.last_turn_only == 1
+    assert "1 last turn only" in str(data.stats)
+
+
+def test_generation_marks_are_believed():
+    """Every turn is scored with the end of turn behind it; what follows the last one is left out."""
+    data = encode({"messages": turns("u a / a b c / u d / a e f")}, word_tokenizer(template=MARKED))
+    text = "<|user|> a <|assistant|> c* </s>* nl <|user|> d <|assistant|> e* f* </s>*"
+    assert marked(data) == text
+    assert data.stats.last_turn_only == 0
+
+
+def test_a_template_without_any_cut_is_an_error():
+    template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<|user|> {% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"row 1: the chat template rewrites what comes before turn 2.*generation"):
+        encode({"messages": turns("u a / a b")}, word_tokenizer(template=template))
+
+
+def test_mask_history():
+    tokenizer = word_tokenizer(template=CHAT_TEMPLATE)
+    last = "<|user|> a <|assistant|> b </s> nl <|user|> c <|assistant|> d* </s>* nl"
+    row = {"messages": turns("u a / a b / u c / a d")}
+    assert marked(encode(row, tokenizer, mask_history=True)) == last
+    alpaca = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    assert marked(encode(alpaca, tokenizer, mask_history=True)) == last
+    assert marked(encode(alpaca, tokenizer)) == last.replace("b </s>", "b* </s>*")
+    assert encode(row, tokenizer, mask_history=True).stats.last_turn_only == 0  # asked for, so no warning
+
+
+def test_sharegpt_turns_and_its_system_column():
+    tokenizer = word_tokenizer(template=CHAT_TEMPLATE)
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert marked(encode({"conversations": talk}, tokenizer)) == "<|user|> a <|assistant|> b* </s>* nl"
+    with_system = "<|system|> e <|user|> a <|assistant|> b* </s>* nl"
+    assert marked(encode({"conversations": talk, "system": "e"}, tokenizer)) == with_system
+    turn = {"from": "system", "value": "e"}
+    assert marked(encode({"conversations": [turn, *talk], "system": "f"}, tokenizer)) == with_system
+    prompts, _ = tokenize_prompts(Rows.from_list([{"conversations": talk}]), tokenizer, max_length=9)
+    assert prompts[0].ids == ids_of("<|user|> a <|assistant|>")
+
+
+def test_tool_turns_are_not_scored_and_calls_are():
+    tokenizer = word_tokenizer(template=TOOLS)
+    talk = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "b", "arguments": {"x": "c"}}'},
+        {"from": "observation", "value": "d"},
+        {"from": "gpt", "value": "e"},
+    ]
+    row = {"conversations": talk, "tools": '[{"name": "b"}]'}
+    # of <|system|> 1 the number and of <|tool|> all is unknown to this vocabulary
+    text = "<|system|> <unk> <|user|> a <|assistant|> b* c* </s>* <unk> d <|assistant|> e* </s>*"
+    assert marked(encode(row, tokenizer)) == text
+    calls = [{"type": "function", "function": {"name": "b", "arguments": {"x": "c"}}}]
+    same = turns("u a / a b / t d / a e")
+    same[1] = {"role": "assistant", "content": None, "tool_calls": calls}
+    assert marked(encode({"messages": same, "tools": [{"name": "b"}]}, tokenizer)) == text
+
+
+def test_arrow_nulls_and_text_parts():
+    tokenizer = word_tokenizer(template=TOOLS)
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "user", "content": parts, "tool_calls": None},
+        {"role": "assistant", "content": "c", "name": None},
+    ]
+    assert marked(encode({"messages": messages, "prompt": None}, tokenizer)) == "<|user|> a b <|assistant|> c* </s>*"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"conversations": [{"from": "alien", "value": "a"}]},
+            "conversations: unknown role 'alien': expected one of human",
+        ),
+        ({"conversations": [{"from": "gpt"}]}, "content of the assistant turn must be a string, got None"),
+        ({"messages": [{"content": "a"}]}, r"messages: must be a list of \{role, content\}"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content of the user turn must be a string, got 3"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "got a part that is not text"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "a function_call turn must be JSON: Expecting"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, r'must hold \{"name", "arguments"\}'),
+        ({"messages": turns("u a / a b"), "tools": "{"}, "tools must be JSON"),
+        ({"messages": turns("u a / a b"), "tools": "3"}, "tools must be a list of function schemas, got 3"),
+        ({"messages": turns("u a"), "system": 3}, "system must be a string, got 3"),
+        ({"instruction": "a", "output": "b", "history": "x"}, "history must be JSON"),
+        (
+            {"instruction": "a", "output": "b", "history": [["x"]]},
+            r"history must be a list of \[user, assistant\] pairs",
+        ),
+        ({"instruction": 1, "output": "b"}, "instruction must be a string, got 1"),
+    ],
+)
+def test_bad_conversations_name_the_row(row, message):
+    rows, tokenizer = Rows.from_list([{"text": "a"}, row]), word_tokenizer(template=CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=f"^rows, row 2: .*{message}"):
+        tokenize_sft(rows, tokenizer, max_length=9)
