@@ -214,7 +214,7 @@ def _needs_own_road(trainer: GRPOTrainer) -> str | None:
 
 def _check_value(trainer: GRPOTrainer, value: Tensor, ours: FusedLoss, advantages: Tensor, length: int) -> None:
     """Raise unless TRL's own code has made the same loss of the same log-probabilities."""
-    ratio = ours.metrics["ratio_max"].item()
+    ratio = float(ours.metrics.get("ratio_max", 0.0))  # none where nothing is scored
     if not ratio < 0.99 * math.exp(MAX_LOG_RATIO):  # NaN, or clamped here and not there
         return
     size = advantages.abs().max().item() * max(ratio, 1.0) * (length if trainer.loss_type == "luspo" else 1)

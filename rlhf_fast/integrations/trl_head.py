@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rlhf_fast.integrations.lm_head import head_parts
 from rlhf_fast.ops.from_logits import logprob_from_logits
@@ -74,9 +73,9 @@ class ChunkedLogProb:
         a, b, scaling = (None, None, 1.0) if lora is None else (_whole(lora[0]), _whole(lora[1]), lora[2])
         tf = check_transform(temperature, logit_scale, final_logit_softcapping)
         stats = any(name in outputs for name in OUTPUTS[1:])
-        logprob, *rest = _LinearLogProb.apply(
-            hidden, weight, bias, a, b, targets, scaling, tuple(tf), "entropy" in outputs, stats
-        )
+        options = (scaling, tuple(tf), "entropy" in outputs, stats)
+        with _host().maybe_gather_lm_head_ctx(a, b):  # TRL has gathered weight and bias around the call
+            logprob, *rest = _LinearLogProb.apply(hidden, weight, bias, a, b, targets, *options)
         return logprob, *(x if name in outputs else None for name, x in zip(OUTPUTS, rest, strict=True))
 
 
@@ -87,18 +86,16 @@ class _LinearLogProb(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, a, b, target, scaling, transform, entropy, token_stats):
         ctx.set_materialize_grads(False)
         ctx.dtype = _work_dtype(hidden)
-        with _host().maybe_gather_lm_head_ctx(a, b):  # TRL has gathered weight and bias around the call
-            tensors = _cast(ctx.dtype, hidden, weight, bias, a, b)
-            logprob, h, _, row_max, log_sum, *extra = torch.ops.rlhf_fast.linear_logprob(
-                *tensors, target, scaling, *transform, IGNORE, entropy, token_stats, None, None
-            )
+        logprob, h, _, row_max, log_sum, *extra = torch.ops.rlhf_fast.linear_logprob(
+            *_cast(ctx.dtype, hidden, weight, bias, a, b), target, scaling, *transform, IGNORE, entropy, token_stats,
+            None, None,
+        )  # fmt: skip
         ctx.scalars = scaling, *transform, IGNORE, None, None
         ctx.save_for_backward(hidden, weight, bias, a, b, target, h, row_max, log_sum)
         ctx.mark_non_differentiable(*extra)
         return logprob, h, *extra
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dlogprob, dentropy, *_):
         *tensors, target, h, row_max, log_sum = ctx.saved_tensors
         want = list(ctx.needs_input_grad[:5])
@@ -141,8 +138,9 @@ class ChunkedDivergence:
         tf = check_transform(temperature, student_logit_scale, student_final_logit_softcapping)
         teacher_tf = check_transform(temperature, teacher_logit_scale, teacher_final_logit_softcapping)
         options = (kind, float(beta) if kind == "jsd" else 0.5, *tf, *teacher_tf, None, None)
-        teacher = (None if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias))
-        return _LinearDivergence.apply(student_hidden, student_weight, student_bias, *teacher, options)
+        tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+        with _both_gathered(tensors):
+            return _LinearDivergence.apply(*tensors, options)
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -152,20 +150,17 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, options):
         ctx.set_materialize_grads(False)
         ctx.dtypes, ctx.options = (_work_dtype(hidden), _work_dtype(ref_hidden)), options
-        tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        with _both_gathered(tensors):
-            own = _cast(ctx.dtypes[0], *tensors[:3])
-            ref = _cast(ctx.dtypes[1], *tensors[3:])
-            divergence, stats = torch.ops.rlhf_fast.linear_divergence(*own, *ref, None, *options)
-            first = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-            scalars = (1.0, *options[2:5], IGNORE, True, False, None, None)
-            entropy = torch.ops.rlhf_fast.linear_logprob(*own, None, None, first, *scalars)[1]
-        ctx.save_for_backward(*tensors, stats)
+        own = _cast(ctx.dtypes[0], hidden, weight, bias)
+        ref = _cast(ctx.dtypes[1], ref_hidden, ref_weight, ref_bias)
+        divergence, stats = torch.ops.rlhf_fast.linear_divergence(*own, *ref, None, *options)
+        first = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        scalars = (1.0, *options[2:5], IGNORE, True, False, None, None)
+        entropy = torch.ops.rlhf_fast.linear_logprob(*own, None, None, first, *scalars)[1]
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, stats)
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):
         *tensors, stats = ctx.saved_tensors
         want = [*ctx.needs_input_grad[:3], False, False, False]
