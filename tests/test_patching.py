@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlhf_fast.integrations import _patching
-from rlhf_fast.integrations._patching import Patch, PatchError, Register, Replace
+from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Register, Replace
 
 SOURCES = {
     "__init__.py": "from hosty.maths import score\n",
@@ -79,10 +79,12 @@ def test_a_method_of_a_class(host):
     own = host.Loss.forward
     half = staticmethod(lambda x: -x)
     changes = (
+        Expect("hosty.maths", "Loss", {"__init__": "(self, eps=0.2)"}),
         Replace("hosty.maths", "Loss.forward", lambda self, x: self.eps, forward),
         Replace("hosty.maths", "Loss.half", half, {"": "(x)"}),
     )
     with patch(*changes).apply():
+        assert changes[1].original is own
         assert host.Loss(0.5).forward(1) == 0.5
         assert host.Loss.half(1) == -1
     assert host.Loss.forward is own
@@ -117,6 +119,7 @@ def test_registries(host):
         (Replace("hosty.maths", "gone", new_score, SCORE), r"hosty\.maths\.gone does not exist"),
         (Replace("hosty.maths", "Loss", object, {"gone": "()"}), r"Loss\.gone does not exist"),
         (Replace("hosty.maths", "Child.forward", new_score, SCORE), r"Child\.forward does not exist"),  # inherited
+        (Expect("hosty.maths", "Loss", {"__init__": "(self, eps)"}), r"Loss\.__init__ has the signature"),
         (Replace("hosty.away", "score", new_score, SCORE), r"hosty\.away cannot be imported"),
     ],
 )

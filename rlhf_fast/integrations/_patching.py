@@ -55,14 +55,7 @@ class Replace:
                 f"{self} has been replaced by somebody else already: it comes from {came_from or repr(old)}. Undo that "
                 "patch first"
             )
-        for member, expected in self.signatures.items():
-            name = f"{self}.{member}" if member else str(self)
-            accepted = (expected,) if isinstance(expected, str) else expected
-            if member and not hasattr(plain, member):
-                raise PatchError(f"{name} does not exist")
-            got = _signature(getattr(plain, member) if member else plain, name)
-            if got not in accepted:
-                raise PatchError(f"{name} has the signature {got}; this patch knows {' and '.join(accepted)}")
+        _check_signatures(plain, str(self), self.signatures)
 
     def apply(self) -> None:
         """Put the new symbol in."""
@@ -83,14 +76,13 @@ class Replace:
             setattr(owner, name, self._old)
         self._old = None
 
+    @property
+    def original(self) -> Any:
+        """The host's own, while it is replaced."""
+        return self._old
+
     def _owner(self) -> tuple[Any, str]:
-        owner: Any = _import(self.module)
-        *classes, name = self.name.split(".")
-        for part in classes:
-            owner = getattr(owner, part, None)
-        if owner is None or name not in vars(owner):
-            raise PatchError(f"{self} does not exist")
-        return owner, name
+        return _find(self.module, self.name)
 
     def _current(self) -> Any:
         """As it stands in its owner: a staticmethod stays one."""
@@ -110,6 +102,29 @@ class Replace:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+@dataclass
+class Expect:
+    """A symbol of the host that a replacement relies on: checked as in `Replace`, never changed."""
+
+    module: str
+    name: str
+    signatures: Mapping[str, str | tuple[str, ...]]
+
+    def check(self) -> None:
+        """Raise PatchError unless the symbol has an expected signature."""
+        owner, name = _find(self.module, self.name)
+        _check_signatures(vars(owner)[name], f"{self.module}.{self.name}", self.signatures)
+
+    def check_ours(self) -> None:
+        """Nothing to check."""
+
+    def apply(self) -> None:
+        """Nothing to do."""
+
+    def undo(self) -> None:
+        """Nothing to do."""
 
 
 @dataclass
@@ -151,16 +166,19 @@ class Register:
         return found
 
 
+Change = Replace | Register | Expect
+
+
 class Patch:
     """Changes to one host that are made and taken back together.
 
     Args:
         host: the distribution's name; its installed version is checked.
         versions: as pip writes them, ">=1.16,<1.20".
-        changes: `Replace`s and `Register`s.
+        changes: `Replace`s, `Register`s and `Expect`s.
     """
 
-    def __init__(self, host: str, versions: str, changes: Sequence[Replace | Register]):
+    def __init__(self, host: str, versions: str, changes: Sequence[Change]):
         self.host, self.versions, self.changes = host, versions, list(changes)
         self.active = False
 
@@ -178,7 +196,7 @@ class Patch:
             check_version(self.host, self.versions)
         for change in self.changes:
             change.check()
-        done: list[Replace | Register] = []
+        done: list[Change] = []
         try:
             for change in self.changes:
                 change.apply()
@@ -220,6 +238,28 @@ def check_version(host: str, versions: str) -> None:
             f"{host} {version} is outside {versions}, the versions this patch was tried with; any_version=True leaves "
             "it to the signatures"
         )
+
+
+def _find(module: str, name: str) -> tuple[Any, str]:
+    """(owner, attribute) of "Class.method" or "function"; the owner must define it itself."""
+    owner: Any = _import(module)
+    *classes, attribute = name.split(".")
+    for part in classes:
+        owner = getattr(owner, part, None)
+    if owner is None or attribute not in vars(owner):
+        raise PatchError(f"{module}.{name} does not exist")
+    return owner, attribute
+
+
+def _check_signatures(symbol: Any, label: str, signatures: Mapping[str, str | tuple[str, ...]]) -> None:
+    for member, expected in signatures.items():
+        name = f"{label}.{member}" if member else label
+        accepted = (expected,) if isinstance(expected, str) else expected
+        if member and not hasattr(symbol, member):
+            raise PatchError(f"{name} does not exist")
+        got = _signature(getattr(symbol, member) if member else symbol, name)
+        if got not in accepted:
+            raise PatchError(f"{name} has the signature {got}; this patch knows {' and '.join(accepted)}")
 
 
 def _import(module: str) -> Any:
