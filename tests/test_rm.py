@@ -1,0 +1,197 @@
+"""The reward-model stage against plain torch, on a two-layer model made on the spot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from stage_cases import (
+    PAIRS,
+    arguments,
+    each_answer,
+    folders,
+    one_step,
+    pair_batch,
+    pair_data,
+    run_options,
+    tiny_config,
+)
+from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
+
+from rlhf_fast.cli.demos.task import make_tokenizer
+from rlhf_fast.trainers.collators import PairCollator
+from rlhf_fast.trainers.reward_model import load_reward_model, score_batch
+from rlhf_fast.trainers.rm import RewardTrainer, run_rm
+from rlhf_fast.trainers.rm_config import RMConfig
+from rlhf_fast.trainers.run_log import read_log
+
+MARGINS = [dict(row, margin=0.1 * i) for i, row in enumerate(PAIRS)]
+
+
+def classifier(dtype=torch.float64, seed=0, **options):
+    torch.manual_seed(seed)
+    return Qwen2ForSequenceClassification(tiny_config(num_labels=1, **options)).to(dtype)
+
+
+def trainer_for(folder, model=None, rows=MARGINS, *, packing=False, center=0.05, **options):
+    return RewardTrainer(
+        model or classifier(),
+        arguments(folder, **options),
+        processing_class=make_tokenizer(),
+        data_collator=PairCollator(0, packing=packing),
+        train_dataset=pair_data(rows),
+        eval_dataset=pair_data(rows),
+        center=center,
+    )
+
+
+def plain_scores(model, data, side):
+    return torch.stack(
+        [
+            model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0]
+            for ids, _ in each_answer(data, side)
+        ]
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_gradients_and_metrics_equal_plain_torch_in_fp64(tmp_path, packing):
+    data, model, plain = pair_data(MARGINS), classifier(), classifier()
+    chosen, rejected = (plain_scores(plain, data, side) for side in ("chosen", "rejected"))
+    margin = torch.arange(8, dtype=torch.float64) * 0.1
+    gap = chosen - rejected - margin.float()  # margins are kept in fp32
+    expected = (torch.log1p(torch.exp(-gap)) + 0.05 * (chosen + rejected).square()).mean()
+    expected.backward()
+    trainer = trainer_for(tmp_path, model, packing=packing, center=0.05)
+    loss, metrics = trainer.compute_loss(model, pair_batch(data, packing), return_outputs=True)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert q.grad.abs().max() > 0, name
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    found = trainer.finish_metrics({"loss": 0.0} | {k: v.item() for k, v in metrics.items()})
+    every = torch.cat([chosen, rejected]).detach()
+    expected = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+        "rewards/std": every.std(correction=0),
+        "rewards_max": every.max(),
+        "rewards_min": every.min(),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value.item(), rel=1e-9), name
+    assert 0 < found["rewards/accuracies"] < 1
+
+
+def test_micro_batches_packing_and_checkpointing_change_nothing(tmp_path):
+    def make(**options):
+        return trainer_for(tmp_path, **options)
+
+    whole, logged = one_step(make, per_device_train_batch_size=8)
+    for options in (
+        dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=8, packing=True),
+        dict(per_device_train_batch_size=8, packing=True, activation_checkpointing=True),
+    ):
+        parts, other = one_step(make, **options)
+        for name in ("loss", "rewards/margins", "rewards/std", "rewards_max", "rewards_min"):
+            assert other[name] == pytest.approx(logged[name], rel=1e-7), (options, name)  # the Trainer's sum is fp32
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert max((a - b).abs().max() for a, b in zip(whole, classifier().parameters(), strict=True)) > 1e-3
+
+
+def test_dropout_is_off_while_training(tmp_path):
+    losses = []
+    for dropout in (0.0, 0.5):
+        model = classifier(attention_dropout=dropout).train()
+        losses.append(trainer_for(tmp_path, model).compute_loss(model, pair_batch(pair_data(MARGINS))).item())
+    assert losses[0] == losses[1]
+
+
+def test_a_step_is_trls_step(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+
+    options = dict(per_device_train_batch_size=8, max_steps=1, learning_rate=0.5, optim="sgd", max_grad_norm=0.0)
+    quiet = dict(use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True)
+    args = trl.RewardConfig(
+        output_dir=str(tmp_path / "trl"),
+        center_rewards_coefficient=0.05,
+        gradient_checkpointing=False,
+        **options,
+        **quiet,
+    )
+    theirs = trl.RewardTrainer(
+        classifier(torch.float32), args, train_dataset=Dataset.from_list(PAIRS), processing_class=make_tokenizer()
+    )
+    theirs.train()
+    ours = trainer_for(tmp_path, classifier(torch.float32), rows=PAIRS, **options)
+    ours.train()
+    first, second = ours.state.log_history[0], theirs.state.log_history[0]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert first["rewards/accuracies"] == pytest.approx(second["accuracy"])
+    for p, q, s in zip(ours.model.parameters(), theirs.model.parameters(), classifier(torch.float32).parameters(),
+                       strict=True):  # fmt: skip
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4 * (q - s).abs().max().item() + 1e-7)
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_learns_and_its_folder_scores_the_same(tmp_path, kind):
+    folder = folders(tmp_path, MARGINS)
+    options = dict(max_steps=25, val_size=3, learning_rate=1e-2, finetuning_type=kind, use_margin=False)
+    if kind == "lora":
+        peft = pytest.importorskip("peft")
+    summary = run_rm(RMConfig(**run_options(folder, **options)))
+    rows = [r for r in read_log(folder / "out") if "loss" in r]
+    assert rows[0]["loss"] < 1  # log 2 and a little: a new head's scores are about 1 / sqrt(16)
+    assert rows[-1]["loss"] < 0.2
+    assert rows[-1]["rewards/accuracies"] == 1
+    assert summary["stage"] == "rm"
+    assert summary == json.loads((folder / "out" / "summary.json").read_text())
+
+    held = sorted(torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()[:3])
+    batch = pair_batch(pair_data(MARGINS).select(held))
+    ours = score_batch(load_reward_model(folder / "out"), batch)
+    loss = torch.nn.functional.softplus(ours[1::2] - ours[0::2]).mean()
+    assert loss.item() == pytest.approx(summary["eval_loss"], rel=1e-5)
+    if kind == "lora":
+        base = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+        stock = peft.PeftModel.from_pretrained(base, folder / "out")
+    else:
+        stock = AutoModelForSequenceClassification.from_pretrained(folder / "out")
+    stock.config.pad_token_id = 0
+    scores = stock.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    # an adapter is merged into its base, which rounds every weight once: some tens of eps of the largest score
+    torch.testing.assert_close(scores, ours, rtol=0, atol=100 * 2**-23 * ours.abs().max().item())
+    assert ours.abs().max() > 0.5
+
+
+def test_resume_continues_bit_for_bit(tmp_path):
+    from safetensors.torch import load_file
+
+    folder = folders(tmp_path, MARGINS)
+    options = dict(max_steps=4, save_steps=2, packing=True)
+    for name in ("whole", "parts"):
+        run_rm(RMConfig(**run_options(folder, name, **options)))
+    (folder / "parts" / "checkpoint-4" / "trainer_state.json").unlink()  # as after a kill in mid-save
+    with pytest.warns(UserWarning, match="checkpoint-4 is incomplete"):
+        run_rm(RMConfig(**run_options(folder, "parts", **options, resume_from_checkpoint=True)))
+    a, b = (load_file(folder / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_options_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 0\.5\), got 0\.5"):
+        RMConfig(label_smoothing=0.5)
+    with pytest.raises(ValueError, match="center_rewards_coefficient must be at least 0"):
+        RMConfig(center_rewards_coefficient=-1)
