@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from .config import RunConfig, find_model
+from .config_types import names
+from .lora import base_of, choose_trained, merge_adapter
+from .quantization import quantization_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,6 +26,8 @@ def load_tokenizer(config: RunConfig) -> Any:
 
     key = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
     name = find_model(key, getattr(config, key))
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        name = find_model(f"the base of {name}", base_of(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -39,28 +44,102 @@ def ready_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig, tokenizer: Any = None) -> nn.Module:
-    """The causal LM of a run, on the CPU, with its adapter when `finetuning_type` is lora."""
-    from transformers import AutoModelForCausalLM
+def load_model(
+    config: RunConfig, tokenizer: Any = None, *, auto_class: str = "AutoModelForCausalLM", **options: Any
+) -> nn.Module:
+    """The model of a run, with what `finetuning_type` names trainable; on the CPU unless it is quantised.
 
-    name = find_model("model_name_or_path", config.model_name_or_path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=DTYPES[config.dtype or "float32"],
-            attn_implementation=config.attn_implementation or choose_attention(config),
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model_name_or_path: no model could be loaded from {name}: {_first_line(error)}") from error
+    Args:
+        auto_class: of transformers; with AutoModelForSequenceClassification give `num_labels` among the options.
+        options: handed to `from_pretrained`.
+    """
+    base, adapters = find_adapters(config)
+    dtype = weights_dtype(config)
+    options |= quantization_options(config, dtype)
+    attention = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}.get(config.flash_attn)
+    options["attn_implementation"] = config.attn_implementation or attention or choose_attention(config)
+    model = _from_pretrained(
+        "model_name_or_path", base, auto_class, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
+    )
     if tokenizer is not None:
         align_special_tokens(model, tokenizer)
-    return add_lora(model, config) if config.finetuning_type == "lora" else model
+    return choose_trained(model, config, adapters)
+
+
+def load_folder(
+    path: str | os.PathLike,
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A frozen model in eval mode: from a plain folder, or from an adapter folder, merged into its base.
+
+    `dtype` None keeps what the weights are saved in.
+    """
+    folder = find_model("model", os.fspath(path))
+    adapter = is_adapter(folder)
+    base = find_model("base_model_name_or_path", base_of(folder)) if adapter else folder
+    model = _from_pretrained(
+        "model", base, auto_class, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **options
+    )
+    if adapter:
+        model = merge_adapter(model, folder)
+    return model.requires_grad_(False).eval()
+
+
+def is_adapter(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a model."""
+    path = Path(folder).expanduser()
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def find_adapters(config: RunConfig) -> tuple[str, list[str]]:
+    """The plain base of a run, and the adapters on it in their order: `model_name_or_path` may be one itself."""
+    name = find_model("model_name_or_path", config.model_name_or_path)
+    adapters = names(config.adapter_name_or_path)
+    if not is_adapter(name):
+        return name, adapters
+    return find_model(f"the base of {name}", base_of(name)), [name, *adapters]
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype in which weights are loaded.
+
+    `dtype` where it is given (`infer_dtype` with do_train: false); with pure_bf16 bf16; with bf16 or fp16 that type for
+    weights that stay frozen (lora, freeze), while what is trained is kept in fp32; else fp32.
+    """
+    if config.dtype:
+        return DTYPES[config.dtype]
+    if not config.do_train and config.infer_dtype != "auto":
+        return DTYPES[config.infer_dtype]
+    half = "bfloat16" if config.bf16 or config.pure_bf16 else "float16" if config.fp16 else "float32"
+    return DTYPES[half if config.pure_bf16 or config.finetuning_type != "full" else "float32"]
+
+
+def _from_pretrained(key: str, name: str, auto_class: str, **options: Any) -> nn.Module:
+    import transformers
+
+    try:
+        return getattr(transformers, auto_class).from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{key}: no model could be loaded from {name}: {_first_line(error)}") from error
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> None:
+    """Model or adapter in safetensors, with its generation config and tokenizer beside."""
+    model.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(model, "peft_config"):  # an adapter is saved without it
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def choose_attention(config: RunConfig) -> str:
     """flash-attn where it is installed and can run (CUDA, half precision), else SDPA."""
-    half = config.dtype in ("bfloat16", "float16") or config.bf16 or config.fp16
+    half = weights_dtype(config) != torch.float32 or config.bf16 or config.fp16
     installed = importlib.util.find_spec("flash_attn") is not None
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     return "flash_attention_2" if installed and half and on_gpu else "sdpa"
@@ -86,28 +165,6 @@ def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:
     generation.eos_token_id = known[0] if len(known) == 1 else known
 
 
-def add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
-    """The model with trainable low-rank adapters; everything else is frozen."""
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError:
-        raise ValueError("finetuning_type: lora needs peft: pip install peft") from None
-    target = config.lora_target
-    if isinstance(target, str):
-        target = "all-linear" if target == "all" else [t.strip() for t in target.split(",")]
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=target,
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise ValueError(f"lora_target={config.lora_target!r}: {_first_line(error)}") from error
-
-
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     return model.get_input_embeddings().weight.shape[0]
@@ -128,16 +185,22 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 
 
 def resume_path(config: RunConfig) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means; ValueError when there is none."""
+    """The checkpoint to resume from; ValueError when the one that is asked for is not there.
+
+    With `overwrite_output_dir: false` it is the newest in `output_dir`, and a finished model there is an error.
+    """
     wanted = config.resume_from_checkpoint
+    if wanted is None and not config.overwrite_output_dir:
+        path = last_checkpoint(config.output_dir)
+        finished = [n for n in ("config.json", "adapter_config.json") if (Path(config.output_dir) / n).is_file()]
+        if path is None and finished:
+            raise ValueError(f"output_dir: {config.output_dir} holds a model, and overwrite_output_dir is false")
+        return path
     if not wanted:
         return None
-    if wanted is True:
-        path = last_checkpoint(config.output_dir)
-        if path is None:
-            raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}")
-        return path
-    path = Path(wanted)
+    path = last_checkpoint(config.output_dir) if wanted is True else Path(wanted)
+    if path is None:
+        raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}")
     if not (path / "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint: {path} is no complete checkpoint (no trainer_state.json)")
     return path
