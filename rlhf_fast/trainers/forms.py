@@ -99,7 +99,7 @@ def pair(row: Row, where: str, tokenizer: Any) -> Pair:
 
 def judged(row: Row, where: str, tokenizer: Any) -> list[tuple[list[Segment], bool]]:
     """The answers of a row with their labels: one, or two for a pair. Of a conversation the last turn is judged."""
-    key = _first(row, ("label", "kto_tag"))
+    key = _first(row, ("kto_tag", "label"))
     if key is None and _has(row, "chosen") and _has(row, "rejected"):
         p = pair(row, where, tokenizer)
         return [(p.prompt + p.chosen, True), (p.prompt + p.rejected, False)]

@@ -35,20 +35,26 @@ class Rows:
             out[i]
         return out
 
-    def add(self, source: Source, indices: Iterable[int] | None = None, convert: Convert | None = None) -> None:
-        """Append the rows of a source, or those of `indices`."""
-        self.sources.append((source, convert))
-        before = len(self)
-        self._number.extend(range(len(source)) if indices is None else indices)
-        self._source.extend([len(self.sources) - 1] * (len(self._number) - before))
+    def add(self, source: Source) -> None:
+        """Append the rows of a source."""
+        self._source.extend([len(self.sources)] * len(source))
+        self._number.extend(range(len(source)))
+        self.sources.append((source, None))
 
-    def select(self, indices: Iterable[int], convert: Convert | None = None) -> Rows:
-        """The rows of `indices`, in that order; `convert` turns each one into another form."""
+    def select(self, indices: Iterable[int]) -> Rows:
+        """The rows of `indices`, in that order."""
         out = Rows()
-        out.sources = [(source, convert or old) for source, old in self.sources]
+        out.sources = self.sources
         chosen = list(indices)
         out._source = array("i", map(self._source.__getitem__, chosen))
         out._number = array("q", map(self._number.__getitem__, chosen))
+        return out
+
+    def convert(self, convert: Convert) -> Rows:
+        """The same rows, each turned into another form when it is read."""
+        out = Rows()
+        out.sources = [(source, convert) for source, _ in self.sources]
+        out._source, out._number = self._source, self._number
         return out
 
     @staticmethod
