@@ -96,7 +96,7 @@ class PPOConfig(RLConfig):
             raise ValueError("critic is shared, a value head on the policy: leave out critic_model")
         if self.ppo_buffer_size > 1 and (self.steps_per_generation or self.generation_batch_size):
             raise ValueError(
-                "ppo_buffer_size, steps_per_generation, generation_batch_size: each says how large a rollout is; give one"
+                "ppo_buffer_size, steps_per_generation, generation_batch_size: each is the size of a rollout; give one"
             )
         self.policy_loss(0.0, self.kl_coef)  # checks the loss's options
 

@@ -1,0 +1,391 @@
+"""PPO: sample, score, let four roles speak about every token, follow clipped ratios and values for some epochs.
+
+    r_t = -c KL_t + [t is the last token] score            actor pi, critic V, reference pi_ref, reward
+    A   = whiten(GAE(r, V)),   R = GAE(r, V) + V
+    L   = -mean_t min(rho A, clip(rho, 1 - e, 1 + e) A) - h mean_t H + v mean_t max((V - R)^2, (V' - R)^2) / 2
+
+with rho = pi / pi_old and V' = clip(V, V_old - d, V_old + d). One backward reaches actor and critic.
+
+Source: Schulman et al. 2017 (arXiv:1707.06347); for language models Ziegler et al. 2019 (arXiv:1909.08593) and Ouyang
+et al. 2022 (arXiv:2203.02155).
+
+Departures from the textbook, each exact:
+- one forward of the actor yields the loss with its gradient, the entropy and, on a shared trunk, the values: the fused
+  head forms no logits, and three products with the head make an update;
+- a step's first update takes no old log-probabilities: there pi_old is the policy itself, and rho is 1;
+- pi_old and pi_ref are computed by the same forward, so that the KL is exactly 0 at the start; the sampler's own
+  log-probabilities are only compared with them;
+- tokens of a tool, and sequences without a usable score, are in no normaliser, no whitening and no scan;
+- normalisers are counts over the whole minibatch and all processes, so micro-batches change nothing but rounding;
+- all roles are in eval mode (`disable_dropout`), so that sampler, actor and reference are one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from rlhf_fast.ops.kl import kl_estimate
+from rlhf_fast.ops.ppo import ppo_advantages
+from rlhf_fast.ops.value import gae, masked_whiten, shape_rewards
+from rlhf_fast.ops.value_loss import value_loss
+from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.critic import ValueHead, critic_of_policy, load_critic
+from rlhf_fast.trainers.data import Prompt
+from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.packing import check_packing
+from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
+from rlhf_fast.trainers.ppo_config import PPOConfig
+from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, rollout_of
+from rlhf_fast.trainers.ppo_roles import Roles
+from rlhf_fast.trainers.reference_trainer import load_reference
+from rlhf_fast.trainers.reward_ensemble import RewardEnsemble
+from rlhf_fast.trainers.reward_model import pool_by_length
+from rlhf_fast.trainers.rl import RLTrainer, add_metrics, as_queries, run_rl
+from rlhf_fast.trainers.rollout import Rollout
+from rlhf_fast.trainers.running_stats import RunningStats
+
+
+class PPOTrainer(RLTrainer):
+    """Proximal Policy Optimization of a causal LM.
+
+    Args: see `RLTrainer`; `config` is a `PPOConfig`. Further:
+        critic: a sequence classifier with one label. Default: the config's, else a copy of the policy's trunk.
+        ref_model: the reference. Default: the config's, else the policy as it is now.
+    Example:
+        trainer = PPOTrainer(model, tokenizer, [{"prompt": "2+2="}], reward, PPOConfig(output_dir="out"))
+        summary = trainer.train()
+    or step by step, with scores from wherever:
+        responses = trainer.generate(queries)
+        metrics = trainer.step(queries, responses, scores)
+    """
+
+    config: PPOConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: Any,
+        train_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
+        reward_funcs: Any = None,
+        config: PPOConfig | None = None,
+        *,
+        critic: nn.Module | None = None,
+        ref_model: nn.Module | None = None,
+        eval_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ):
+        config = config or PPOConfig()
+        self.kl, self.score_stats = config.kl_controller(), RunningStats()
+        self._critic, self._ref_model, self._started = critic, ref_model, False
+        rest = dict(eval_dataset=eval_dataset, callbacks=callbacks)
+        super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
+        for function in self.reward_functions():
+            if isinstance(function, RewardEnsemble):
+                function.accelerator = self.accelerator
+        critic, pad = self.loop.models["critic"], self.tokenizer.pad_token_id
+        self.roles = Roles(config, self.model, critic, self.reference, self.accelerator, pad)
+
+    # ---- the roles
+
+    def prepare_model(self, model: nn.Module) -> None:
+        config, other = self.config, self._ref_model
+        if config.packing:
+            check_packing(model)
+        if other is None and config.ref_model:
+            other = load_reference(config)
+        self.reference = Reference(model, other, copy=config.sync_ref_model) if config.reference else None
+        if config.critic == "shared":
+            if self._critic is not None:
+                raise ValueError("critic is shared, a value head on the policy: give no critic model")
+            self.critic: nn.Module = ValueHead(model.get_output_embeddings().weight.shape[-1])
+            return
+        folder = config.critic_model or next(iter(names(config.reward_model)), None)
+        if self._critic is not None:
+            self.critic = pool_by_length(self._critic)
+        else:
+            self.critic = load_critic(config, folder, self.tokenizer) if folder else critic_of_policy(model)
+        if config.packing:
+            check_packing(self.critic)
+        if config.gradient_checkpointing:
+            enable_checkpointing(self.critic)
+
+    def make_loop(self, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Loop:
+        config = self.config
+        rates = {"critic": config.critic_learning_rate or config.learning_rate}
+        others = {"critic": self.critic}
+        return Loop(
+            model, self.tokenizer, config, callbacks, config.max_skipped_steps, others=others, learning_rates=rates
+        )
+
+    # ---- the run
+
+    def train(self) -> dict[str, Any]:
+        """Run to `max_steps` (or `num_train_epochs`), save the models, return what `summary.json` holds."""
+        config, loop = self.config, self.loop
+        self.start()
+        if config.eval_on_start and self.can_evaluate:
+            loop.log.log(0, self.evaluate())
+        first = last = None
+        while not loop.done:
+            prompts = self.next_prompts()
+            with loop.timed("rollout"):
+                rollout = self.sample(prompts, config.num_generations)
+            rows = [prompt for prompt in prompts for _ in range(config.num_generations)]
+            with loop.timed("scoring"):
+                scores = self.score_rollout(rows, rollout)
+                metrics = self.rollout_metrics(scores, self.everywhere(scores.total), rollout)
+            metrics |= self.learn([p.ids for p in rows], rollout, scores.total)
+            loop.state.epoch = self.epoch
+            first, last = metrics["reward"] if first is None else first, metrics["reward"]
+            loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
+        return self.finish(reward_first=first, reward_last=last)
+
+    def start(self) -> None:
+        """Once, before the first step: modes, schedules, log files."""
+        if not self._started:
+            for module in self.loop.models.values():
+                updating_mode(module, self.config.disable_dropout)
+            updates = self.config.ppo_epochs * self.minibatches_per_rollout
+            self.loop.start(self.max_steps, self.config.num_train_epochs, updates_per_step=updates)
+            self._started = True
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of the run, each a rollout."""
+        if self.config.max_steps > 0 or not self.prompts:
+            return max(self.config.max_steps, 1)
+        per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
+        return max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
+
+    def step(
+        self,
+        queries: Sequence[Any],
+        responses: Rollout | Sequence[Any],
+        scores: Sequence[float] | Tensor,
+        response_masks: Sequence[Any] | None = None,
+    ) -> dict[str, float]:
+        """One PPO step on completions and scores that the caller has; returns its metrics.
+
+        Args:
+            queries: strings, or token ids (lists or tensors), one a response.
+            responses: what `generate` returned, or token ids.
+            scores: one number a response; a NaN leaves its row out.
+            response_masks: 0 where a token is not the policy's own (a tool's answer), for responses given as ids.
+        Notes: learning rate and coefficients follow schedules over `max_steps` such steps. `finish()` saves the models.
+        Raises: ValueError naming what does not fit.
+        """
+        self.start()
+        rollout = responses
+        if not isinstance(responses, Rollout):
+            rollout = rollout_of(responses, self.sampler.settings, response_masks)
+        scores = torch.as_tensor([float(s) for s in scores])
+        if not len(queries) == len(scores) == len(rollout.lengths):
+            raise ValueError(f"got {len(queries)} queries, {len(rollout.lengths)} responses and {len(scores)} scores")
+        device = self.accelerator.device
+        rollout = rollout._replace(**{k: v.to(device) for k, v in rollout._asdict().items() if isinstance(v, Tensor)})
+        every = self.everywhere(scores)
+        kept = every[every.isfinite()]
+        metrics = {"reward": float(kept.mean()), "reward_std": float(kept.std(correction=0))} if len(kept) else {}
+        metrics |= self.learn([prompt.ids for prompt in as_queries(queries, self.tokenizer)], rollout, scores)
+        self.loop.end_step(metrics)
+        return self.loop.state.log_history[-1] if self.loop.state.log_history else metrics
+
+    # ---- one step
+
+    def learn(self, prompts: Sequence[Sequence[int]], rollout: Rollout, scores: Tensor) -> dict[str, float]:
+        """The roles' answers, advantages, `ppo_epochs` over the minibatches, the KL controller; returns metrics."""
+        loop = self.loop
+        with loop.timed("forward"):
+            sequences = join(prompts, rollout, scores.isfinite())
+            experience = self.roles.ask(sequences)
+            experience, metrics = self.advantages(sequences, experience, scores.to(sequences.ids.device))
+        metrics["kl_coef"] = self.kl.value
+        with loop.timed("update"):
+            self.optimise(sequences, experience)
+        progress = (loop.state.global_step + 1) / loop.state.max_steps
+        self.kl.update(metrics.get("kl_sequence", math.nan), int(metrics.pop("sequences")), progress)
+        loop.state.num_input_tokens_seen += int(self.everywhere(rollout.lengths).sum())
+        if self.config.sync_ref_model and (loop.state.global_step + 1) % self.config.ref_model_sync_steps == 0:
+            self.reference.sync(loop.unwrapped, self.config.ref_model_mixup_alpha)
+        return metrics
+
+    def advantages(
+        self, sequences: Sequences, experience: Experience, scores: Tensor
+    ) -> tuple[Experience, dict[str, float]]:
+        """Score -> shaped rewards -> GAE -> whitening, over all processes."""
+        config, offsets = self.config, sequences.cu_trained
+        shaped = self.normal_scores(scores, sequences.terminated).nan_to_num(nan=0.0)  # a NaN's sequence has no token
+        in_reward = self.reference is not None and config.kl_in == "reward"
+        pair = (experience.logprob, experience.ref_logprob) if in_reward else (None, None)
+        penalty = dict(kl_coef=self.kl.value, kl_estimator=config.estimator, kl_clip=config.kl_clip)
+        scan: dict[str, Any] = dict(gamma=config.gamma, lam=config.lam, cu_seqlens=offsets)
+        if config.bootstrap_truncated:
+            scan |= dict(terminated=sequences.terminated, bootstrap=experience.bootstrap)
+        group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        if config.ppo_whiten_rewards:
+            every = torch.ones_like(experience.values, dtype=torch.bool)
+            rewards = shape_rewards(shaped, *pair, cu_seqlens=offsets, mask=every, **penalty).rewards
+            rewards = masked_whiten(rewards, shift_mean=False, process_group=group)
+            advantages, returns = gae(rewards, experience.values, **scan)
+        else:
+            whiten = config.whiten_advantages and group is None
+            advantages, returns, rewards, _ = ppo_advantages(
+                shaped, experience.values, *pair, whiten=whiten, **penalty, **scan
+            )
+        if config.whiten_advantages and (config.ppo_whiten_rewards or group is not None):
+            advantages = masked_whiten(advantages, process_group=group)
+        experience = experience._replace(advantages=advantages, returns=returns)
+        return experience, self.experience_metrics(sequences, experience, shaped, rewards)
+
+    def normal_scores(self, scores: Tensor, terminated: Tensor) -> Tensor:
+        """Scores normalised, clipped, less the penalty of a missing end, as the config says."""
+        config = self.config
+        if config.ppo_score_norm:
+            self.score_stats.update(scores, self.accelerator)
+            scores = self.score_stats.normalize(scores)
+        if config.score_clip is not None:
+            scores = scores.clamp(-config.score_clip, config.score_clip)
+        if config.missing_eos_penalty is not None:
+            scores = scores - config.missing_eos_penalty * ~terminated
+        return scores
+
+    def experience_metrics(
+        self, sequences: Sequences, experience: Experience, scores: Tensor, rewards: Tensor
+    ) -> dict[str, float]:
+        """Of the rollout, over all processes: KL to the reference by estimator, values against returns, the sampler."""
+        said, returns = experience.values.double(), experience.returns.double()
+        gap = (experience.logprob - sequences.sampler_logprob).abs()
+        live, known = sequences.trained > 0, gap.isfinite()
+        count = torch.ones_like(said).sum()
+        of_tokens = {"value_mean": said.sum(), "return_mean": returns.sum()}
+        if self.reference is not None:
+            pair = experience.logprob, experience.ref_logprob
+            of_tokens |= {f"kl_{e}": kl_estimate(*pair, estimator=e).sum() for e in ("k1", "k2", "k3")}
+            of_tokens["kl"] = kl_estimate(*pair, estimator=self.config.estimator).sum()
+        of_rows = {"shaped_score": scores[live].sum(), "shaped_reward": rewards.sum()}
+        moments = {
+            "error": (returns - said).sum(),
+            "errors": (returns - said).square().sum(),
+            "returns": returns.square().sum(),
+        }
+        counts = {"tokens": count, "rows": live.sum(), "known": known.sum(), "gap": gap[known].sum()}
+        total = self.sum_everywhere(of_tokens | of_rows | moments | counts)
+        tokens, rows = max(total["tokens"], 1), max(total["rows"], 1)
+        metrics = {name: total[name] / tokens for name in of_tokens} | {name: total[name] / rows for name in of_rows}
+        if self.reference is not None:
+            metrics["kl_sequence"] = total["kl_k1"] / rows
+        if total["known"]:
+            metrics["sampler_logprob_gap"] = total["gap"] / total["known"]
+        variance = total["returns"] / tokens - metrics["return_mean"] ** 2
+        unexplained = total["errors"] / tokens - (total["error"] / tokens) ** 2
+        constant = variance <= 1e-12 * total["returns"] / tokens
+        return metrics | {
+            "explained_variance": 0.0 if constant else 1 - unexplained / variance,
+            "sequences": total["rows"],
+        }
+
+    # ---- updates
+
+    def optimise(self, sequences: Sequences, experience: Experience) -> None:
+        """`ppo_epochs` passes over random minibatches; fewer when the policy has gone far from the rollout's."""
+        config, loop = self.config, self.loop
+        progress = loop.state.global_step / loop.state.max_steps
+        self.loss = config.policy_loss(progress, self.kl.value)
+        planned, done, stopped = config.ppo_epochs * self.minibatches_per_rollout, 0, False
+        for _ in range(config.ppo_epochs):
+            order = torch.randperm(len(sequences.lengths), generator=self.shuffle).to(sequences.ids.device)
+            for rows in order.tensor_split(self.minibatches_per_rollout):
+                if stopped:
+                    break
+                drift = self.update(sequences, experience, rows, on_policy=done == 0)
+                done += 1
+                stopped = config.early_stop_kl is not None and drift > config.early_stop_kl
+        loop.pass_updates(planned - done)
+        loop.record({"updates": float(done), "epsilon": self.loss.clip_low})
+
+    def update(self, sequences: Sequences, experience: Experience, rows: Tensor, *, on_policy: bool) -> float:
+        """One optimiser step on the sequences `rows`; returns the mean KL from the rollout's policy before it."""
+        counts = self.sum_everywhere(
+            {"tokens": sequences.trained[rows].sum(), "rows": (sequences.trained[rows] > 0).sum()}
+        )
+        live = rows[sequences.trained[rows] > 0]
+        if counts["tokens"] and not len(live):
+            live = rows[:1]  # another process has something: DDP needs a backward here too, of weight 0
+        micros = [grid for grid, _ in self.roles.grids(sequences, live, self.config.per_device_train_batch_size)]
+        sums: dict[str, Tensor] = {}
+
+        def loss_of(grid: Grid) -> Tensor:
+            loss, metrics = self.losses(grid, experience, counts, on_policy=on_policy)
+            add_metrics(sums, {"loss": loss.detach(), **metrics})
+            return loss
+
+        self.loop.update(micros, loss_of)
+        kept = {name: self.over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
+        self.loop.record(kept)
+        return float(kept.get("approx_kl", 0.0)) if self.config.early_stop_kl is not None else 0.0
+
+    def losses(
+        self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the minibatch's loss, of actor and critic, and its metrics."""
+        config = self.config
+        critic_only = self.loop.state.global_step < config.critic_warmup_steps
+        tokens = max(counts["tokens"], 1)
+        if critic_only:
+            with torch.no_grad():
+                hidden = self.roles.actor(grid)[1] if self.roles.shared else None
+        else:
+            out, hidden = self.roles.actor(grid, **self.loss_inputs(grid, experience, counts, on_policy=on_policy))
+        values = self.roles.values(grid, hidden, grid.positions)
+        old, returns = experience.values[grid.slots], experience.returns[grid.slots]
+        critic = value_loss(values, old, returns, clip=config.cliprange_value, normalizer=tokens)
+        share = len(grid.slots) / tokens
+        metrics = {"value_loss": critic.loss.detach(), "value_clip_fraction": critic.metrics["clip_fraction"] * share}
+        metrics["value_error"] = critic.metrics["error"] * share
+        if critic_only:
+            return config.vf_coef * critic.loss, metrics
+        return out.loss + config.vf_coef * critic.loss, out.metrics | metrics
+
+    def loss_inputs(
+        self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool
+    ) -> dict[str, Any]:
+        """What the fused head takes to form the actor's loss and gradient in its forward."""
+        tokens = max(counts["tokens"], 1)
+        by_token = self.loss.aggregation == "token_mean"
+        batch = {
+            "advantages": grid.spread(experience.advantages),
+            "old_logprob": None if on_policy else grid.spread(experience.logprob),
+            "ref_logprob": grid.spread(experience.ref_logprob) if self.loss.beta else None,
+            "normalizer": tokens if by_token else max(counts["rows"], 1),
+            "entropy_normalizer": tokens,
+            "num_tokens": tokens,
+        }
+        batch = {name: value for name, value in batch.items() if value is not None}
+        return dict(loss_fn=self.loss, batch=batch, segments=grid.segments, entropy=True)
+
+    # ---- over processes
+
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """(B,) of this process -> those of all processes, on the CPU."""
+        return self.accelerator.gather(rows.to(self.accelerator.device)).cpu()
+
+    def sum_everywhere(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums over all processes, in one exchange."""
+        device = self.accelerator.device
+        stacked = torch.stack([value.to(device, torch.float64) for value in sums.values()])
+        return dict(zip(sums, self.accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
+
+
+def run_ppo(config: PPOConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Train as the configuration says; returns what `summary.json` holds."""
+    return run_rl(config, PPOTrainer, callbacks)
+
+
+__all__ = ["PPOConfig", "PPOTrainer", "run_ppo"]
