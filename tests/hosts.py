@@ -1,0 +1,92 @@
+"""Hosts for the integration tests: their own source files, without the engines around them.
+
+A host is taken from the environment if it is installed there, else from a folder of unpacked wheels:
+
+    pip download --no-deps -d wheels verl openrlhf llamafactory
+    for w in wheels/*.whl; do unzip -q $w -d hosts; done
+    RLHF_FAST_HOSTS=hosts pytest tests/test_verl.py tests/test_openrlhf.py tests/test_llamafactory.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
+
+import pytest
+
+
+class _Stub(ModuleType):
+    """A module that has everything and does nothing."""
+
+    __path__: list[str] = []
+    __version__ = "0"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = MagicMock(name=f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+
+class _Stubs:
+    """Finder and loader of stubs for every module under some names."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+
+    def find_spec(self, name: str, path=None, target=None):
+        if any(f"{known}.".startswith(f"{name}.") or name.startswith(f"{known}.") for known in self.names):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _Stub(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@contextmanager
+def stubbed(names: Sequence[str]) -> Iterator[None]:
+    """Modules that are not installed can be imported inside the block, and do nothing."""
+    missing = [n for n in names if n not in sys.modules and importlib.util.find_spec(n.partition(".")[0]) is None]
+    finder = _Stubs(missing)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for key in [k for k, m in sys.modules.items() if isinstance(m, _Stub)]:
+            del sys.modules[key]
+
+
+@contextmanager
+def host(name: str, modules: Sequence[str], stubs: Sequence[str] = ()) -> Iterator[list[ModuleType]]:
+    """The host's own modules, imported with stubs in the place of what is not installed. Skips without the host."""
+    folders: list[str] = []
+    if importlib.util.find_spec(name) is None:
+        folder = Path(os.environ.get("RLHF_FAST_HOSTS", "hosts"))
+        roots = [folder, *folder.glob("*.data/purelib")]  # a wheel for one platform keeps its sources there
+        if not any((root / name / "__init__.py").is_file() for root in roots):
+            pytest.skip(f"{name} is not installed, and RLHF_FAST_HOSTS names no folder with its source files")
+        folders = [str(root) for root in roots]
+        sys.path[:0] = folders
+        importlib.invalidate_caches()
+    try:
+        with stubbed(stubs):
+            found = [importlib.import_module(module) for module in modules]
+        yield found
+    finally:
+        if folders:
+            sys.path[:] = [entry for entry in sys.path if entry not in folders]
+            for key in [k for k in sys.modules if k == name or k.startswith(name + ".")]:
+                del sys.modules[key]
