@@ -143,7 +143,8 @@ def test_other_training_arguments_are_handed_on(place):
     from rlhf_fast.trainers.stage import training_arguments
 
     config = load_config(place("ddp_timeout: '1800'\noptim: sgd\nneftune_noise_alpha: 5\nuse_cpu: true"))
-    assert config.training_arguments == {"ddp_timeout": 1800, "optim": "sgd", "neftune_noise_alpha": 5}
+    assert config.training_arguments == {"optim": "sgd", "neftune_noise_alpha": 5}
+    assert config.ddp_timeout == 1800
     args = training_arguments(config, has_eval=False)
     assert (args.ddp_timeout, str(args.optim.value), args.neftune_noise_alpha) == (1800, "sgd", 5)
     with pytest.raises(ValueError, match="ddp_timeout must be an integer"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from rlhf_fast.trainers.config_types import (
     require,
     split_override,
 )
+from rlhf_fast.trainers.templates import check_name
 
 
 class Stage(NamedTuple):
@@ -157,6 +157,7 @@ class RunConfig:
         require("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0")
         if self.max_samples is not None:
             require("max_samples", self.max_samples, self.max_samples >= 1, "at least 1")
+        check_name(self.template)
         self._validate_finetuning()
         self._validate_evaluation()
         precisions = [name for name in ("bf16", "fp16", "pure_bf16") if getattr(self, name)]
@@ -214,16 +215,13 @@ class RunConfig:
             raise ValueError(f"output_dir must be a folder, got the file {output}")
 
     def dataset_paths(self, key: str = "dataset") -> list[Path]:
-        """The paths of `dataset` or `eval_dataset`, looked up in `dataset_dir` where they do not exist as given."""
-        paths = []
-        for name in names(getattr(self, key)):
-            candidates = [Path(name).expanduser(), Path(self.dataset_dir).expanduser() / name]
-            found = next((p for p in candidates if p.exists()), None)
-            if found is None:
-                tried = " or ".join(dict.fromkeys(os.path.normpath(p) for p in candidates))
-                raise FileNotFoundError(f"{key}: no file or folder {tried}")
-            paths.append(found)
-        return paths
+        """The paths of `dataset` or `eval_dataset`: entries of dataset_info.json, or paths here or in `dataset_dir`."""
+        from rlhf_fast.trainers.dataset_info import resolve
+
+        try:
+            return [source.path for source in resolve(names(getattr(self, key)), self.dataset_dir)]
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{key}: {error}") from None
 
 
 @dataclass(kw_only=True)
@@ -308,11 +306,7 @@ def _unknown(key: str, cls: type, stage: str, training_arguments: Mapping[str, A
     """What to say about a key that the stage does not take."""
     if key in training_arguments:
         return f"{key} is an option of transformers.Trainer, which does not run stage {stage}: not supported there"
-    others = [
-        s
-        for s in STAGES
-        if s != stage and importlib.util.find_spec(STAGES[s].config.split(":")[0]) and key in _keys(config_class(s))
-    ]
+    others = [s for s in STAGES if s != stage and key in _keys(config_class(s))]
     if others:
         return f"{key} is an option of stage {', '.join(others)}, not of {stage}"
     accepted = training_arguments if cls.takes_training_arguments else {}

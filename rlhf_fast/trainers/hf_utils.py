@@ -16,6 +16,7 @@ from .config import RunConfig, find_model
 from .config_types import names
 from .lora import base_of, choose_trained, merge_adapter
 from .quantization import quantization_options
+from .templates import apply_template
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,7 +33,7 @@ def load_tokenizer(config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{key}: no tokenizer could be loaded from {name}: {_first_line(error)}") from error
-    return ready_tokenizer(tokenizer)
+    return ready_tokenizer(apply_template(tokenizer, config.template))
 
 
 def ready_tokenizer(tokenizer: Any) -> Any:
