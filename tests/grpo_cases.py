@@ -1,5 +1,6 @@
 """What the tests of GRPO share: a tiny model, a reward, a trainer, an experience of ragged completions."""
 
+import importlib
 import json
 
 import torch
@@ -7,6 +8,7 @@ import transformers
 
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer
+from rlhf_fast.trainers.refill import Batch
 from rlhf_fast.trainers.rollout import Rollout
 
 PROMPTS = ["25>", "7>", "90331>", "2516>", "8>", "11>", "4444>", "306>"]
@@ -48,6 +50,17 @@ def log_rows(tmp_path):
     return [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
 
 
+def exact_norms(monkeypatch):
+    """transformers' RMSNorm rounds to fp32 even in an fp64 model; here it does not."""
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in ("qwen2", "llama"):
+        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        monkeypatch.setattr(getattr(modeling, f"{module.capitalize()}RMSNorm"), "forward", forward)
+
+
 def experience_of(it, seed=0):
     """A rollout of ragged completions, some cut, with one NaN reward; in fp64."""
     g = torch.Generator().manual_seed(seed)
@@ -62,6 +75,7 @@ def experience_of(it, seed=0):
         ["length" if n == 5 else "stop" for n in lengths.tolist()],
         it.sampler.settings,
     )
-    experience, metrics = it.score(prompts, rollout)
+    rows = [p for p in prompts for _ in range(group)]
+    experience, metrics = it.score(Batch(list(prompts), rollout, it.score_rollout(rows, rollout)))
     assert 0 < metrics["truncated_completions"] < 1
     return experience._replace(advantages=experience.advantages.double(), logprob=experience.logprob.double())

@@ -8,13 +8,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from grpo_cases import PROMPTS, config, digits_sum, experience_of, log_rows, tiny, trainer  # noqa: E402
+from grpo_cases import PROMPTS, config, digits_sum, exact_norms, experience_of, log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
-from rlhf_fast.trainers import grpo  # noqa: E402
+from rlhf_fast.trainers.beforehand import logprob_of  # noqa: E402
 from rlhf_fast.trainers.config import make_config  # noqa: E402
 from rlhf_fast.trainers.data import Prompt  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlhf_fast.trainers.layout import Layout  # noqa: E402
 from rlhf_fast.trainers.policy import updating_mode  # noqa: E402
 from rlhf_fast.trainers.rewards import RewardError  # noqa: E402
 
@@ -39,37 +40,41 @@ def plain_logprob(model, prompt, completion, temperature):
 
 def plain_loss(model, reference, experience, cfg, on_policy):
     """The formulas, sequence by sequence."""
-    ids = [
-        experience.ids[a:b].tolist() for a, b in zip(experience.cu_seqlens[:-1], experience.cu_seqlens[1:], strict=True)
-    ]
-    cuts = experience.prompt_lengths.tolist()
-    prompt, completion = (
-        [x[:n] for x, n in zip(ids, cuts, strict=True)],
-        [x[n:] for x, n in zip(ids, cuts, strict=True)],
-    )
-    olds = experience.logprob.split(experience.completion_lengths.tolist())
+    ids = [x.tolist() for x in experience.ids.split(experience.cu_seqlens.diff().tolist())]
+    cuts, lengths = experience.prompt_lengths.tolist(), experience.completion_lengths.tolist()
+    prompt = [x[:n] for x, n in zip(ids, cuts, strict=True)]
+    completion = [x[n:] for x, n in zip(ids, cuts, strict=True)]
     now = plain_logprob(model, prompt, completion, cfg.temperature)
     then = plain_logprob(reference, prompt, completion, cfg.temperature) if reference is not None else now
-    loss, entropies = 0.0, 0.0
-    counted = ~experience.advantages.isnan()
-    tokens = sum(len(c) for c, s in zip(completion, experience.scored, strict=True) if s)
-    for i, ((logprob, entropy), (ref, _)) in enumerate(zip(now, then, strict=True)):
-        if not experience.scored[i]:
+    loss, entropies, tokens = 0.0, 0.0, experience.trained.sum()
+    rows = zip(
+        *(t.split(lengths) for t in (experience.logprob, experience.advantages, experience.trained)), strict=True
+    )
+    for (logprob, entropy), (ref, _), (old, a, trained) in zip(now, then, rows, strict=True):
+        if not trained.any():
             continue
-        log_ratio = logprob - (logprob.detach() if on_policy else olds[i])
+        logprob, entropy, ref, old, a = (x[trained] for x in (logprob, entropy, ref, old, a))
+        log_ratio = logprob - (logprob.detach() if on_policy else old)
         if cfg.loss_type == "gspo":
             log_ratio = log_ratio.mean().expand_as(log_ratio)
-        ratio, a = log_ratio.exp(), experience.advantages[i]
-        per_token = -torch.minimum(ratio * a, ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon_high) * a)
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - (cfg.epsilon or 0), 1 + (cfg.epsilon_high or 0))
+        per_token = -torch.minimum(ratio * a, clipped * a)
+        if cfg.loss_type == "reinforce":
+            per_token = -logprob * a
+        if cfg.loss_type == "cispo":
+            per_token = -ratio.clamp(max=cfg.epsilon_high).detach() * logprob * a
         if cfg.beta:
             gap = ref.detach() - logprob
             per_token = per_token + cfg.beta * (gap.exp() - gap - 1)
-        if cfg.loss_type == "dapo":
+        if cfg.loss_type in ("dapo", "cispo"):
             loss = loss + per_token.sum() / tokens
         elif cfg.loss_type == "dr_grpo":
-            loss = loss + per_token.sum() / (cfg.max_completion_length * counted.sum())
+            loss = loss + per_token.sum() / (cfg.max_completion_length * experience.counted.sum())
+        elif cfg.loss_type == "reinforce":
+            loss = loss + per_token.sum() / experience.counted.sum()
         else:
-            loss = loss + per_token.mean() / counted.sum()
+            loss = loss + per_token.mean() / experience.counted.sum()
         entropies = entropies + entropy.sum() / tokens
     return loss - cfg.entropy_coef * entropies
 
@@ -81,58 +86,76 @@ STEPS = {
     "token mean": dict(loss_type="dapo"),
     "fixed length": dict(loss_type="dr_grpo", temperature=1.4),
     "sequence ratio": dict(loss_type="gspo"),
+    "reinforce": dict(loss_type="reinforce"),
+    "cispo": dict(loss_type="cispo", epsilon=None, epsilon_high=1.1),
     "reference": dict(beta=0.3, temperature=0.8),
     "entropy": dict(entropy_coef=0.1),
+    "everything": dict(beta=0.2, entropy_coef=0.1, mask_truncated_completions=True, temperature=0.8),
     "cut completions masked": dict(mask_truncated_completions=True),
     "cut masked, token mean": dict(mask_truncated_completions=True, loss_type="dapo", beta=0.1),
     "NaN reward": dict(reward=lambda completion_ids, **_: [math.nan, *digits_sum(completion_ids)[1:]]),
+    "advantages by token": dict(by_token=True, beta=0.1),
+    "tool tokens": dict(by_token=True, tools=True, loss_type="gspo"),
+    "tool tokens, token mean": dict(by_token=True, tools=True, loss_type="dapo", entropy_coef=0.1),
+}
+
+LAYOUTS = {  # (share_prompts, packing), count, tokens
+    "plain": ((False, False), 16, None),
+    "plain by 3": ((False, False), 3, None),
+    "plain by tokens": ((False, False), 16, 30),
+    "shared": ((True, False), 16, None),
+    "shared by 3": ((True, False), 3, None),
+    "shared by tokens": ((True, False), 16, 40),
+    "packed": ((False, True), 16, None),
+    "packed by tokens": ((False, True), 16, 30),
 }
 
 
-@pytest.mark.parametrize(
-    "micro",
-    [
-        dict(per_device_train_batch_size=16),
-        dict(
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=1,
-            steps_per_generation=None,
-            generation_batch_size=24,
-        ),
-        dict(max_tokens_per_micro_batch=30),
-    ],
-    ids=["one", "by 3", "by tokens"],
-)
 @pytest.mark.parametrize("case", STEPS, ids=str)
-def test_loss_and_every_gradient_equal_plain_torch(tmp_path, case, micro):
+def test_loss_and_every_gradient_equal_plain_torch(tmp_path, case, monkeypatch):
+    """However the sequences are laid out in rows and micro-batches."""
+    exact_norms(monkeypatch)
     options = dict(STEPS[case])
     on_policy, reward = options.pop("on_policy", False), options.pop("reward", digits_sum)
-    options = dict(epsilon=0.2, epsilon_high=0.28) | options | micro
-    model = tiny(attention_dropout=0.3).double()
-    it = trainer(tmp_path, model, reward, **options)
-    plain, reference = tiny(attention_dropout=0.3).double().eval(), None
+    by_token, tools = options.pop("by_token", False), options.pop("tools", False)
+    it, plain, reference = pair_of_models(tmp_path, reward, **dict(epsilon=0.2, epsilon_high=0.28) | options)
+    experience = experience_of(it)
+    if by_token:
+        experience = experience._replace(advantages=torch.randn(len(experience.advantages)).double())
+    if tools:
+        experience = experience._replace(trained=experience.trained & (torch.rand(len(experience.trained)) < 0.6))
+    want = plain_loss(plain, reference, experience, it.config, on_policy)
+    want.backward()
+    for name, ((share, packed), count, tokens) in LAYOUTS.items():
+        it.layout = Layout(it.model, share=share, packed=packed)
+        it.config.per_device_train_batch_size, it.config.max_tokens_per_micro_batch = count, tokens
+        it.model.zero_grad()
+        (minibatch,) = it.minibatches(experience)
+        assert (len(minibatch.micros) > 1) == ("by" in name), name
+        losses = [it.fused_loss(m, minibatch, on_policy=on_policy).loss for m in minibatch.micros]
+        sum(losses).backward()
+        assert sum(losses).item() == pytest.approx(want.item(), rel=1e-12, abs=1e-15), name
+        same_gradients(it.model, plain, name)
+
+
+def pair_of_models(tmp_path, reward=digits_sum, make=tiny, **options):
+    """A trainer of one minibatch in fp64, the same model again in plain torch, and the reference (or None)."""
+    it = trainer(tmp_path, make(attention_dropout=0.3).double(), reward, **options)
+    plain, reference = make(attention_dropout=0.3).double().eval(), None
     if it.config.beta:
-        reference = tiny(seed=9).double().eval()
+        reference = make(seed=9).double().eval()
         it.reference.model.load_state_dict(reference.state_dict())
     updating_mode(it.model, True)
     it.minibatches_per_rollout = 1
-    experience = experience_of(it)
-    (minibatch,) = it.minibatches(experience)
-    if "by" in str(micro) or "max_tokens" in str(micro):
-        assert len(minibatch.micros) >= 1
-    total = 0.0
-    for m in minibatch.micros:
-        out = it.fused_loss(m, minibatch, on_policy=on_policy)
-        out.loss.backward()
-        total += out.loss.item()
-    want = plain_loss(plain, reference, experience, it.config, on_policy)
-    want.backward()
-    assert total == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
-    gradients = dict(it.model.named_parameters())
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(
-            gradients[name].grad, parameter.grad, rtol=1e-7, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    return it, plain, reference
+
+
+def same_gradients(model, plain, name):
+    """Sums of a few hundred terms of at most 1, in another order: 1e-13 of the largest."""
+    gradients = dict(model.named_parameters())
+    for parameter_name, parameter in plain.named_parameters():
+        gap = (gradients[parameter_name].grad - parameter.grad).abs().max()
+        assert gap <= 1e-12 * max(1.0, parameter.grad.abs().max()), f"{name}: {parameter_name} is off by {gap}"
     assert max(p.grad.abs().max() for p in plain.parameters()) > 1e-3
 
 
@@ -142,13 +165,13 @@ def test_micro_batches_are_what_was_asked_for(tmp_path):
     )
     it.minibatches_per_rollout = 1
     (minibatch,) = it.minibatches(experience_of(it))
-    sizes = [m.input_ids.numel() + len(m.input_ids) for m in minibatch.micros]
+    sizes = [m.input_ids.numel() for m in minibatch.micros]
     assert len(sizes) > 3
     assert max(sizes) <= 30
-    assert sum(len(m.input_ids) for m in minibatch.micros) == 16
+    assert sum(len(m.cu_seqlens) - 1 for m in minibatch.micros) == 16
     it = trainer(tmp_path, per_device_train_batch_size=4, steps_per_generation=4, beta=0.1)
     it.minibatches_per_rollout = 1
-    assert [len(m.input_ids) for m in it.minibatches(experience_of(it))[0].micros] == [4, 4, 4, 4]
+    assert [len(m.cu_seqlens) - 1 for m in it.minibatches(experience_of(it))[0].micros] == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -157,10 +180,9 @@ def test_cut_completions_are_masked_when_asked(tmp_path, mask):
     experience = experience_of(it)
     cut = experience.completion_lengths == 5
     assert 0 < cut.sum() < len(cut)
-    assert torch.equal(experience.scored, ~cut if mask else torch.ones_like(cut))
+    assert torch.equal(experience.per_sequence(experience.trained.long()) > 0, ~cut if mask else torch.ones_like(cut))
     trained = sum((m.target_ids != -100).sum() for b in it.minibatches(experience) for m in b.micros)
-    live = (experience.advantages != 0) & experience.scored
-    assert trained == experience.completion_lengths[live].sum()
+    assert trained == (experience.trained & (experience.advantages != 0)).sum()
 
 
 def test_advantages_are_the_groups(tmp_path):
@@ -174,24 +196,25 @@ def test_advantages_are_the_groups(tmp_path):
     )
     rewards = rewards.view(4, 4).double()
     want = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(experience.advantages.view(4, 4), want, rtol=1e-5, atol=1e-6)
+    want = want.flatten().repeat_interleave(experience.completion_lengths)
+    torch.testing.assert_close(experience.advantages, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, monkeypatch, loss_type):
+def test_sequences_of_zero_advantage_do_not_enter_the_model(tmp_path, loss_type):
     """Half of the groups have equal rewards: fewer rows, the same loss and gradients."""
 
     def by_group(completion_ids, **_):
         return [float(sum(ids) % 7) if (i // 4) % 2 else 1.0 for i, ids in enumerate(completion_ids)]
 
     results = []
-    for proportional in (grpo.PROPORTIONAL, frozenset()):
-        monkeypatch.setattr(grpo, "PROPORTIONAL", proportional)
+    for drops in (True, False):
         it = trainer(tmp_path, tiny().double(), by_group, epsilon=0.2, loss_type=loss_type)
-        it.minibatches_per_rollout = 1
+        assert it.drops_zero_advantages
+        it.drops_zero_advantages, it.minibatches_per_rollout = drops, 1
         updating_mode(it.model, True)
         (minibatch,) = it.minibatches(experience_of(it))
-        rows = sum(len(m.input_ids) for m in minibatch.micros)
+        rows = sum(len(m.cu_seqlens) - 1 for m in minibatch.micros)
         loss = sum(it.fused_loss(m, minibatch, on_policy=False).loss for m in minibatch.micros)
         loss.backward()
         results.append((rows, loss.item(), {n: p.grad for n, p in it.model.named_parameters()}))
@@ -292,7 +315,7 @@ def test_checkpointing_recomputes_layers(tmp_path, monkeypatch):
         updating_mode(it.model, True)
         it.minibatches_per_rollout = 1
         (minibatch,) = it.minibatches(experience_of(it))
-        it._policy_logprob(minibatch.micros[0])  # the head is probed once
+        it.fused_loss(minibatch.micros[0], minibatch, on_policy=True)  # the head is probed once
         mlp, calls[on] = it.model.model.layers[0].mlp, 0
         forward = mlp.forward
 
@@ -332,7 +355,7 @@ def test_recompute_replaces_what_the_sampler_said(tmp_path):
         for micro in minibatch.micros:
             scored = micro.target_ids != -100
             assert (micro.old_logprob[scored] <= 0).all()
-            torch.testing.assert_close(micro.old_logprob, it._policy_logprob(micro))
+            torch.testing.assert_close(micro.old_logprob, logprob_of(it.model, micro, 1.0).logprob)
 
 
 class Poison(transformers.TrainerCallback):

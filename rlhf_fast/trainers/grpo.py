@@ -25,13 +25,17 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rlhf_fast.ops.advantages import group_advantages
+from rlhf_fast.trainers.beforehand import with_entropy_threshold, with_old, with_reference
+from rlhf_fast.trainers.credit import credit
 from rlhf_fast.trainers.data import Prompt
-from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience, collate, cut_rows
+from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience
+from rlhf_fast.trainers.gauges import kl_by_estimator
 from rlhf_fast.trainers.grpo_config import GRPOConfig
+from rlhf_fast.trainers.hf_utils import load_folder
+from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.policy import Reference, updating_mode
+from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
 from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
-from rlhf_fast.trainers.rollout import Rollout
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
 PROPORTIONAL = frozenset(
@@ -68,37 +72,37 @@ class GRPOTrainer(RLTrainer):
         self,
         model: nn.Module,
         processing_class: Any,
-        train_dataset: Sequence[Mapping[str, Any] | Prompt],
+        train_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
         reward_funcs: Any = None,
         config: GRPOConfig | None = None,
-        *,
-        eval_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        **rest: Any,
     ):
         config = config or GRPOConfig()
         self.loss = config.policy_loss()
-        rest = dict(eval_dataset=eval_dataset, callbacks=callbacks)
         super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
-        if self.reference is not None:
-            self.reference.to(self.accelerator.device)
+        self.layout = Layout(self.loop.unwrapped, share=config.share_prompts, packed=config.packing)
+        droppable = not (config.beta or config.entropy_coef or config.top_entropy_quantile < 1)
+        self.drops_zero_advantages = droppable and config.loss_type in PROPORTIONAL
 
     def prepare_model(self, model: nn.Module) -> None:
-        self.reference = Reference(model) if self.config.beta else None
+        config = self.config
+        if config.needs_reference:
+            other = load_folder(config.ref_model) if config.ref_model else None
+            self.reference = Reference(model, other, copy=config.sync_ref_model)
 
     def train(self) -> dict[str, Any]:
         """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds."""
         config, loop = self.config, self.loop
-        updating_mode(self.model, config.disable_dropout)
-        loop.start(self.max_steps, config.num_train_epochs)
-        if config.eval_on_start and self.eval_prompts:
-            loop.log.log(0, self.evaluate())
+        self.start()
+        if config.eval_on_start and self.can_evaluate:
+            self.evaluate_at_start()
         first = last = None
         while not loop.done:
-            prompts = self.next_prompts()
-            with loop.timed("rollout"):
-                rollout = self.sampler([p.ids for p in prompts], config.num_generations)
-            with loop.timed("scoring"):
-                experience, metrics = self.score(prompts, rollout)
+            batch, metrics = collect(self, config.num_generations), {}
+            if config.dynamic_sampling:
+                batch, metrics = refilled(self, batch, config.dynamic_sampling_attempts)
+            experience, scored = self.score(batch)
+            metrics |= scored
             with loop.timed("update"):
                 minibatches = self.minibatches(experience)
             for iteration in range(config.num_iterations):
@@ -108,9 +112,14 @@ class GRPOTrainer(RLTrainer):
                     with loop.timed("update"):
                         self.update(minibatch, on_policy=iteration == k == 0)
                     loop.state.epoch = self.epoch
-                    loop.end_step(metrics, evaluate=self.evaluate if self.eval_prompts else None)
+                    loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
             first, last = metrics["reward"] if first is None else first, metrics["reward"]
-        return loop.finish(reward_first=first, reward_last=last, **(self.evaluate() if self.eval_prompts else {}))
+        return self.finish(reward_first=first, reward_last=last)
+
+    def start(self) -> None:
+        """Ready for the first update."""
+        updating_mode(self.model, self.config.disable_dropout)
+        self.loop.start(self.max_steps, self.config.num_train_epochs)
 
     @property
     def max_steps(self) -> int:
@@ -118,93 +127,89 @@ class GRPOTrainer(RLTrainer):
         if self.config.max_steps > 0:
             return self.config.max_steps
         per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
-        rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
+        rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts or ()) / per_rollout))
         return rollouts * self.minibatches_per_rollout * self.config.num_iterations
 
     # ---- score
 
-    def score(self, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-        """Rewards and advantages of a rollout of `num_generations` completions for each prompt."""
-        config, group = self.config, self.config.num_generations
-        rows = [prompt for prompt in prompts for _ in range(group)]
-        scores = self.score_rollout(rows, rollout)
-        device = self.accelerator.device
-        gathered = self.accelerator.gather(scores.total.to(device))  # every process has whole groups
-        result = group_advantages(
-            gathered.cpu(),
-            group_size=group,
-            scale=config.scale_rewards,
-            baseline=config.advantage_baseline,
-            lengths=self.accelerator.gather(rollout.lengths.to(device)).cpu(),
-        )
-        mine = slice(self.accelerator.process_index * len(rows), (self.accelerator.process_index + 1) * len(rows))
-        stopped = torch.tensor([reason == "stop" for reason in rollout.finish])
+    def score(self, batch: Batch) -> tuple[Experience, dict[str, float]]:
+        """Advantages of a scored rollout."""
+        config, scores, rollout, group = self.config, batch.scores, batch.rollout, batch.group_size
+        rows = [prompt for prompt in batch.prompts for _ in range(group)]
+
+        def gather(values: Tensor) -> Tensor:  # every process has whole groups
+            return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+        baseline = self.greedy_rewards(batch.prompts).repeat_interleave(group) if config.greedy_baseline else None
+        across = dict(gather=gather, process=self.accelerator.process_index)
+        options = config.advantage_options()
+        weights = torch.ones(scores.each.shape[1]) if self.rewards is None else self.rewards.weights
+        result = credit(scores, rollout.lengths.cpu(), group, weights, options, baseline=baseline, **across)
         scored = scores.total.isfinite()
         if config.mask_truncated_completions:
-            scored &= stopped
-        advantages = result.advantages[mine].masked_fill(~scores.total.isfinite(), math.nan)  # counts nowhere
-        experience = build_experience([p.ids for p in rows], rollout, advantages, scored)
-        self.loop.state.num_input_tokens_seen += int(self.accelerator.gather(rollout.lengths.to(device)).sum())
-        metrics = self.rollout_metrics(scores, gathered, rollout)
-        return experience, metrics | {"zero_std_groups": float(result.zero_std.float().mean())}
+            scored &= torch.tensor([reason == "stop" for reason in rollout.finish])
+        experience = build_experience([p.ids for p in rows], rollout, result.advantages, scored, group)
+        self.loop.state.num_input_tokens_seen += int(gather(rollout.lengths).sum())
+        metrics = self.rollout_metrics(scores, gather(scores.total), rollout)
+        return experience, metrics | {"zero_std_groups": float(gather(result.zero_std).float().mean())}
+
+    def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(prompts,) reward of each prompt's greedy completion."""
+        with self.loop.timed("rollout"):
+            rollout = self.sample(prompts, sampler=self.make_sampler(greedy=True))
+        with self.loop.timed("scoring"):
+            return self.score_rollout(prompts, rollout).outcome
 
     # ---- advantages to minibatches
 
     def minibatches(self, experience: Experience) -> list[MiniBatch]:
-        """The rollout's sequences in random minibatches, without those that cannot have a gradient."""
-        total = len(experience.scored)
-        order = torch.randperm(total, generator=self.shuffle).to(experience.ids.device)
-        rows = order.chunk(self.minibatches_per_rollout)
-        updates = self.minibatches_per_rollout * self.config.num_iterations
-        built = [self._minibatch(experience, part) for part in rows]
+        """The rollout's groups in random minibatches, without the sequences that cannot have a gradient."""
+        config = self.config
+        sizes = torch.unique_consecutive(experience.groups, return_counts=True)[1].tolist()
+        groups = torch.arange(len(experience.groups), device=experience.ids.device).split(sizes)
+        order = torch.cat([groups[g] for g in torch.randperm(len(groups), generator=self.shuffle).tolist()])
+        built = [self._minibatch(experience, rows) for rows in order.chunk(self.minibatches_per_rollout)]
+        temperature = config.temperature
         if self.reference is not None:
-            built = [self._with(b, "ref_logprob", self._reference_logprob) for b in built]
-        if self.config.old_logprobs == "recompute" and updates > 1:
-            built = [self._with(b, "old_logprob", self._policy_logprob) for b in built]
+            built = [with_reference(b, self.reference, temperature, self.accelerator) for b in built]
+        updates = self.minibatches_per_rollout * config.num_iterations
+        unknown = bool(experience.logprob.isnan().any())  # completions from elsewhere
+        if config.recomputes or ((unknown or config.old_logprobs == "recompute") and updates > 1):
+            built = [with_old(b, self.model, temperature) for b in built]
+        if config.top_entropy_quantile < 1:
+            built = [with_entropy_threshold(b, config.top_entropy_quantile, self.accelerator) for b in built]
         return built
 
     def _minibatch(self, experience: Experience, rows: Tensor) -> MiniBatch:
-        config, lengths = self.config, experience.completion_lengths
-        live = rows[experience.scored[rows]]
-        counts = [(~experience.advantages[rows].isnan()).sum(), lengths[live].sum()]
-        if not (config.beta or config.entropy_coef) and config.loss_type in PROPORTIONAL:
-            live = live[experience.advantages[live] != 0]
-        counts = torch.stack([*counts, lengths[live].sum()]).float()
+        config, tokens = self.config, experience.per_sequence(experience.trained.long())
+        live = tokens[rows] > 0
+        if self.drops_zero_advantages:
+            live &= experience.per_sequence((experience.trained & (experience.advantages != 0)).long())[rows] > 0
+        counts = torch.stack([experience.counted[rows].sum(), tokens[rows].sum(), tokens[rows][live].sum()]).float()
         sequences, tokens, live_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        if live_tokens and not len(live):
-            live = rows[:1]  # another process has something: DDP needs a backward here too, of weight 0
-            experience = experience._replace(scored=torch.zeros_like(experience.scored))
-        parts = []
-        if len(live):
-            whole = experience.cu_seqlens.diff()
-            parts = cut_rows(live, whole, config.per_device_train_batch_size, config.max_tokens_per_micro_batch)
-        micros = [collate(experience, part, self.tokenizer.pad_token_id) for part in parts]
+        if live_tokens and not live.any():
+            live[0] = True  # another process has something: DDP needs a backward here too, of weight 0
+            experience = experience._replace(trained=torch.zeros_like(experience.trained))
+        limits = dict(count=config.per_device_train_batch_size, tokens=config.max_tokens_per_micro_batch)
+        micros = self.layout.micro_batches(experience, rows[live], self.tokenizer.pad_token_id, **limits)
         return MiniBatch(micros, max(sequences, 1), max(tokens, 1), max(live_tokens, 1))
-
-    def _with(self, minibatch: MiniBatch, field: str, logprob_of: Any) -> MiniBatch:
-        return minibatch._replace(micros=[m._replace(**{field: logprob_of(m)}) for m in minibatch.micros])
-
-    @torch.no_grad()
-    def _policy_logprob(self, micro: MicroBatch) -> Tensor:
-        out = self.model(micro.input_ids, target_ids=micro.target_ids, temperature=self.config.temperature)
-        return out.logprob
-
-    @torch.no_grad()
-    def _reference_logprob(self, micro: MicroBatch) -> Tensor:
-        with self.reference.active() as model, self.accelerator.autocast():
-            return model(micro.input_ids, target_ids=micro.target_ids, temperature=self.config.temperature).logprob
 
     # ---- update
 
-    def update(self, minibatch: MiniBatch, *, on_policy: bool) -> None:
-        """One optimiser step."""
+    def update(self, minibatch: MiniBatch, *, on_policy: bool) -> dict[str, Tensor]:
+        """One optimiser step; its metrics."""
         sums: dict[str, Tensor] = {}
 
         def loss_of(micro: MicroBatch) -> Tensor:
             out = self.fused_loss(micro, minibatch, on_policy=on_policy)
             add_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
+            scored = micro.target_ids != IGNORE
+            if micro.ref_logprob is not None:
+                kl = kl_by_estimator(out.logprob[scored], micro.ref_logprob[scored], minibatch.live_tokens)
+                add_metrics(sums, kl if self.config.beta else {**kl, "kl": kl["kl_k3"]})
             if on_policy:
-                gap = (out.logprob - micro.old_logprob)[micro.target_ids != IGNORE].abs()
+                gap = (out.logprob - micro.extra.get("rollout_logprob", micro.old_logprob))[scored].abs()
+                gap = gap[gap.isfinite()]
                 largest = gap.max() if gap.numel() else gap.sum()
                 share = gap.sum() / minibatch.live_tokens
                 add_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
@@ -213,27 +218,53 @@ class GRPOTrainer(RLTrainer):
         self.loop.update(minibatch.micros, loss_of)
         kept = {name: self.over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
         self.loop.record(kept | {"no_gradient_steps": float(not minibatch.micros)})
+        return kept
 
     def fused_loss(self, micro: MicroBatch, minibatch: MiniBatch, *, on_policy: bool) -> Any:
         """`FusedLoss` of a micro-batch: its share of the minibatch's loss, with the gradient already formed."""
-        by_token = self.loss.aggregation == "token_mean"
+        config, by_token = self.config, self.loss.aggregation == "token_mean"
         batch = {
             "advantages": micro.advantages,
-            "old_logprob": None if on_policy else micro.old_logprob,
+            "logprob" if on_policy else "old_logprob": micro.old_logprob if config.needs_old or not on_policy else None,
             "ref_logprob": micro.ref_logprob,
+            "rollout_logprob": micro.extra.get("rollout_logprob", micro.old_logprob) if config.needs_sampler else None,
+            "old_entropy": micro.extra.get("old_entropy"),
+            "entropy_threshold": minibatch.entropy_threshold,
             "normalizer": minibatch.tokens if by_token else minibatch.sequences,
-            "entropy_normalizer": minibatch.tokens,
+            "entropy_normalizer": minibatch.tokens * config.top_entropy_quantile,
             "num_tokens": minibatch.live_tokens,
         }
         return self.model(
-            micro.input_ids,
+            **micro.inputs,
             target_ids=micro.target_ids,
             loss_fn=self.loss,
             batch={name: value for name, value in batch.items() if value is not None},
             segments=micro.cu_seqlens,
             entropy=True,
-            temperature=self.config.temperature,
+            temperature=config.temperature,
         )
+
+    # ---- step by step
+
+    def step(self, queries: Sequence[Any], responses: Any, scores: Any) -> dict[str, float]:
+        """The updates of one rollout of the caller's own, groups of completions side by side; their metrics.
+
+        Args:
+            queries: texts or token ids, one for each group, or one for each completion.
+            responses: the `Rollout` that `generate` gave, or completions as texts or token ids.
+            scores: one number a completion; NaN drops it.
+        """
+        if self.loop.log is None:
+            self.start()
+        batch = as_batch(queries, responses, scores, self.tokenizer, self.sampler.settings)
+        experience, metrics = self.score(batch)
+        sums: dict[str, Tensor] = {}
+        minibatches = self.minibatches(experience)
+        for iteration in range(self.config.num_iterations):
+            for k, minibatch in enumerate(minibatches):
+                sums = self.update(minibatch, on_policy=iteration == k == 0)
+                self.loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
+        return metrics | {name: float(value) for name, value in sums.items()}
 
 
 def run_grpo(config: GRPOConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:

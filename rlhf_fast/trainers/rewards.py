@@ -1,13 +1,17 @@
 """Reward functions: Python callables or import paths, combined by weights.
 
-A function is called with keywords and returns one number for each completion:
+A function is called with keywords and returns one entry for each completion:
 
-    def fn(prompts, completions, completion_ids, **columns) -> list[float | None]
+    def fn(prompts, completions, completion_ids, **columns) -> list[float | None | list]
 
-`prompts` and `completions` are strings (for chat prompts: lists of messages), `completion_ids` lists of token ids,
-`finish_reasons` is "stop" or "length" for each row, and every other column of the dataset comes as a list under its
-own name, repeated for each completion of a prompt. A function without **kwargs gets the keywords that it names.
-None means "does not apply to this row" and leaves the row to the other functions; NaN or infinity drops the row.
+`prompts` and `completions` are strings (for chat prompts: lists of messages), `prompt_ids` and `completion_ids` lists
+of token ids, `finish_reasons` is "stop" or "length" for each row, and every other column of the dataset comes as a list
+under its own name, repeated for each completion of a prompt. A function without **kwargs gets the keywords that it
+names. It may be a coroutine function: all of those run at the same time.
+
+None means "does not apply to this row" and leaves the row to the other functions; NaN or infinity drops the row. A list
+is a process reward: numbers, one for each token of the completion, or pairs (token, reward), one for each step, where
+`token` is the index of the step's last token.
 """
 
 from __future__ import annotations
@@ -22,16 +26,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-RewardFunction = Callable[..., Sequence[float | None]]
+from rlhf_fast.trainers.reward_calls import RewardError, call_all
+
+RewardFunction = Callable[..., Any]
+Entry = float | list[tuple[int, float]] | None
+"""What a function says about one completion: a reward, the rewards of its steps, or nothing."""
 
 
-class RewardError(ValueError):
-    """A reward function raised or returned something that is no list of rewards."""
+class Steps(NamedTuple):
+    """Process rewards, S steps in all."""
+
+    function: Tensor  # (S,) int64: which of the functions gave it
+    row: Tensor  # (S,) int64: the completion
+    token: Tensor  # (S,) int64: index of the step's last token in it
+    value: Tensor  # (S,) fp32
 
 
 class Scores(NamedTuple):
     total: Tensor  # (B,) fp32: weighted sum; NaN where a row has no usable reward
-    each: Tensor  # (B, F) fp32: every function's own, NaN for None
+    each: Tensor  # (B, F) fp32: every function's own, NaN for None; of a process reward the mean over its steps
+    outcome: Tensor  # (B,) fp32: `total` without process rewards
+    steps: Steps | None = None
 
 
 def load_function(spec: str | RewardFunction) -> RewardFunction:
@@ -68,6 +83,7 @@ class Rewards:
     Args:
         functions: one or more callables or import paths.
         weights: one number a function; default 1 each.
+        timeout: seconds that a function may take for a batch; None: any number. One that takes longer is an error.
     Example:
         >>> rewards = Rewards(lambda completions, **_: [float(len(c)) for c in completions])
         >>> rewards(["a?", "a?"], ["b", "bc"]).total.tolist()
@@ -78,6 +94,7 @@ class Rewards:
         self,
         functions: str | RewardFunction | Sequence[str | RewardFunction],
         weights: Sequence[float] | None = None,
+        timeout: float | None = None,
     ):
         specs = [functions] if callable(functions) or isinstance(functions, str) else list(functions)
         if not specs:
@@ -87,7 +104,7 @@ class Rewards:
         weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
         if len(weights) != len(specs):
             raise ValueError(f"reward_weights must hold {len(specs)} numbers, one a function, got {len(weights)}")
-        self.weights = torch.tensor(weights)
+        self.weights, self.timeout = torch.tensor(weights), timeout
         self._accepts = [_accepted(f) for f in self.functions]
 
     def __call__(
@@ -99,17 +116,41 @@ class Rewards:
     ) -> Scores:
         """Scores on the CPU. `extra`: completion_ids, finish_reasons and whatever else the caller has by row."""
         given = {**(columns or {}), **extra, "prompts": list(prompts), "completions": list(completions)}
-        each = torch.full((len(completions), len(self.functions)), math.nan)
-        applies = torch.zeros_like(each, dtype=torch.bool)
-        for i, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
-            accepted = self._accepts[i]
-            kwargs = given if accepted is None else {k: v for k, v in given.items() if k in accepted}
-            values = _numbers(name, _call(name, function, kwargs, len(completions)), len(completions))
-            applies[:, i] = torch.tensor([v is not None for v in values])
-            each[:, i] = torch.tensor([math.nan if v is None else v for v in values])
-        total = torch.where(applies, each * self.weights, 0.0).sum(1)
-        total = torch.where(applies.any(1) & total.isfinite(), total, math.nan)
-        return Scores(total, each)
+        calls = [
+            (name, function, given if accepted is None else {k: v for k, v in given.items() if k in accepted})
+            for name, function, accepted in zip(self.names, self.functions, self._accepts, strict=True)
+        ]
+        rows = len(completions)
+        lengths = [len(ids) for ids in extra["completion_ids"]] if "completion_ids" in extra else None
+        columns = [
+            _entries(name, values, rows, lengths)
+            for name, values in zip(self.names, call_all(calls, rows, self.timeout), strict=True)
+        ]
+        process = torch.tensor([any(isinstance(e, list) for e in column) for column in columns])
+        applies = torch.tensor([[e is not None for e in column] for column in columns]).T
+        each = torch.tensor([[_mean(e) for e in column] for column in columns]).T
+        weighted = torch.where(applies, each * self.weights, 0.0)
+        total, outcome = weighted.sum(1), weighted[:, ~process].sum(1)
+        usable = applies.any(1) & total.isfinite()
+        steps = _steps(columns) if process.any() else None
+        return Scores(total.where(usable, math.nan), each, outcome.where(usable, math.nan), steps)
+
+
+def _mean(entry: Entry) -> float:
+    if entry is None:
+        return math.nan
+    return sum(value for _, value in entry) / len(entry) if isinstance(entry, list) else entry
+
+
+def _steps(columns: Sequence[Sequence[Entry]]) -> Steps:
+    flat = [
+        (i, row, *step)
+        for i, column in enumerate(columns)
+        for row, entry in enumerate(column)
+        if isinstance(entry, list)
+        for step in entry
+    ]
+    return Steps(*map(torch.tensor, zip(*flat, strict=True)))
 
 
 def _accepted(function: RewardFunction) -> set[str] | None:
@@ -123,48 +164,50 @@ def _accepted(function: RewardFunction) -> set[str] | None:
     return {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
 
 
-def _call(name: str, function: RewardFunction, kwargs: dict[str, Any], rows: int) -> Any:
-    try:
-        return function(**kwargs)
-    except Exception as error:
-        row = _guilty_row(function, kwargs, rows)
-        where = (
-            f"in row {row} ({kwargs.get('completions', [None] * rows)[row]!r:.80})"
-            if row is not None
-            else "on the batch"
-        )
-        raise RewardError(f"reward function {name!r} raised {type(error).__name__} {where}: {error}") from error
-
-
-def _guilty_row(function: RewardFunction, kwargs: dict[str, Any], rows: int) -> int | None:
-    """The first row that raises alone, so that the message can name it."""
-    for row in range(rows):
-        try:
-            function(**{key: value[row : row + 1] for key, value in kwargs.items()})
-        except Exception:  # noqa: PERF203
-            return row
-    return None
-
-
-def _numbers(name: str, values: Any, rows: int) -> list[float | None]:
-    """The returned values as floats and None; anything else is an error that names the row."""
+def _entries(name: str, values: Any, rows: int, lengths: Sequence[int] | None) -> list[Entry]:
+    """The returned values as floats, steps and None; anything else is an error that names the row."""
     values = values.tolist() if isinstance(values, Tensor) or hasattr(values, "tolist") else values
     if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence):
         raise RewardError(f"reward function {name!r} must return a list of {rows} numbers, got {type(values).__name__}")
     if len(values) != rows:
         missing = f"; row {len(values)} is the first without one" if len(values) < rows else ""
         raise RewardError(f"reward function {name!r} must return {rows} rewards, got {len(values)}{missing}")
-    out: list[float | None] = []
+    out: list[Entry] = []
     for row, value in enumerate(values):
-        if isinstance(value, Tensor) or hasattr(value, "item"):
-            value = value.item()
-        if value is not None and not isinstance(value, numbers.Real):
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, (list, tuple)):
+            out.append(_row_steps(name, value, row, None if lengths is None else lengths[row]))
+        elif value is None or isinstance(value, numbers.Real):
+            out.append(None if value is None else float(value))
+        else:
             raise RewardError(
                 f"reward function {name!r} must return numbers or None, got {value!r:.60} "
                 f"({type(value).__name__}) in row {row}"
             )
-        out.append(None if value is None else float(value))
+    lone = next((row for row, entry in enumerate(out) if isinstance(entry, float)), None)
+    if lone is not None and any(isinstance(entry, list) for entry in out):
+        raise RewardError(f"reward function {name!r} returned rewards of steps, but a single number in row {lone}")
     return out
+
+
+def _row_steps(name: str, values: Sequence[Any], row: int, length: int | None) -> list[tuple[int, float]] | None:
+    """(token, reward) of each step, in the order of the tokens; None where there is no step."""
+    who = f"reward function {name!r}, row {row}:"
+    if all(isinstance(v, numbers.Real) for v in values):
+        if length is not None and values and len(values) != length:
+            raise RewardError(f"{who} a list of numbers holds one for each of the {length} tokens, got {len(values)}")
+        steps = [(token, float(v)) for token, v in enumerate(values)]
+    else:
+        steps = []
+        for value in values:
+            pair = isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], int)
+            if not (pair and isinstance(value[1], numbers.Real)):
+                raise RewardError(f"{who} a step is (index of its last token, reward), got {value!r:.60}")
+            if value[0] < 0 or (length is not None and value[0] >= length):
+                raise RewardError(f"{who} a step ends at token {value[0]}, of {length} tokens")
+            steps.append((value[0], float(value[1])))
+    return sorted(steps) or None
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +11,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, tokenize_prompts
+from rlhf_fast.trainers.brakes import Brakes
+from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, check_vocabulary, tokenize_prompts, tokenize_sft
+from rlhf_fast.trainers.dataset_info import load_rows
+from rlhf_fast.trainers.gauges import Perplexity
 from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
 from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.policy import enable_checkpointing
-from rlhf_fast.trainers.readers import Rows, read_rows
+from rlhf_fast.trainers.policy import Reference, enable_checkpointing
+from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.reward_ensemble import load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, make_sampler
+from rlhf_fast.trainers.rollout_turns import MultiTurnSampler, conversations
+from rlhf_fast.trainers.stepwise import as_queries
 
 
 class RLTrainer:
@@ -29,35 +34,51 @@ class RLTrainer:
         model: a transformers causal LM, plain or a PEFT model; its head is fused here.
         processing_class: the tokenizer.
         train_dataset: rows (dicts with "prompt" or "messages"; other columns go to the reward functions) or `Prompt`s.
+            None, as well as no reward, where only the step-wise calls are used.
         reward_funcs: callables or import paths; see `rlhf_fast.trainers.rewards`. Default: the config's.
         config: the stage's options.
         eval_dataset: prompts on which `evaluate` measures the rewards.
         callbacks: `TrainerCallback`s.
+        eval_reward_funcs: more functions for `evaluate`. Default: the config's.
+        perplexity_dataset: texts whose perplexity `evaluate` gives. Default: the config's.
     """
+
+    reference: Reference | None = None
 
     def __init__(
         self,
         model: nn.Module,
         processing_class: Any,
-        train_dataset: Sequence[Mapping[str, Any] | Prompt],
+        train_dataset: Sequence[Mapping[str, Any] | Prompt] | None,
         reward_funcs: Any,
         config: RLConfig,
         *,
         eval_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        eval_reward_funcs: Any = None,
+        perplexity_dataset: Sequence[Any] | None = None,
     ):
         self.config = config
         if not config.output_dir:
             raise ValueError("output_dir is required")
         self.tokenizer = ready_tokenizer(processing_class)
-        self.rewards = Rewards(config.reward_funcs if reward_funcs is None else reward_funcs, config.reward_weights)
-        self.prompts = as_prompts(train_dataset, self.tokenizer, config, vocabulary_size(model))
-        self.eval_prompts = eval_dataset and as_prompts(eval_dataset, self.tokenizer, config, vocabulary_size(model))
+        if reward_funcs is None:
+            reward_funcs = load_rewards(config, self.tokenizer)
+        self.rewards = make_rewards(reward_funcs, config.reward_weights, config.reward_timeout)
+        measured = config.eval_reward_funcs if eval_reward_funcs is None else eval_reward_funcs
+        self.eval_rewards = make_rewards(measured, None, config.reward_timeout)
+        known = dict(tokenizer=self.tokenizer, config=config, vocabulary=vocabulary_size(model))
+        self.prompts, self.eval_prompts = as_prompts(train_dataset, **known), as_prompts(eval_dataset, **known)
         self.prepare_model(model)
         if config.gradient_checkpointing:
             enable_checkpointing(model)
-        self.loop = self.make_loop(fuse_lm_head(model), callbacks)
+        self.brakes = Brakes(config)
+        self.loop = self.make_loop(fuse_lm_head(model), [*self.brakes.callbacks(self), *callbacks])
         self.model, self.accelerator = self.loop.model, self.loop.accelerator
+        for part in (self.reference, *self.reward_functions()):
+            if hasattr(part, "to"):
+                part.to(self.accelerator.device)
+        self.perplexity = make_perplexity(self, perplexity_dataset)
         self.prompts_per_rollout, self.minibatches_per_rollout = config.sizes(self.accelerator.num_processes)
         self.sampler = self.make_sampler(greedy=False)
         self.order = torch.Generator().manual_seed(config.seed)  # of the prompts
@@ -78,7 +99,7 @@ class RLTrainer:
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
         settings = SamplerSettings(
-            max_new_tokens=config.max_completion_length,
+            max_new_tokens=config.turn_length,
             eos_token_ids=tuple(sorted(eos)),
             pad_token_id=self.tokenizer.pad_token_id,
             temperature=config.temperature,
@@ -87,11 +108,27 @@ class RLTrainer:
             greedy=greedy,
         )
         seed = config.seed + self.accelerator.process_index
-        return make_sampler(config.sampler, model, settings, seed=seed, batch_size=config.rollout_batch_size)
+        options = dict(seed=seed, batch_size=config.rollout_batch_size, **config.sampler_options())
+        sampler = make_sampler(config.sampler, model, settings, **options)
+        return sampler if config.environment is None else conversations(sampler, config, self.tokenizer)
 
-    def next_prompts(self) -> list[Prompt]:
+    def sample(self, prompts: Sequence[Prompt], group_size: int = 1, *, sampler: Any = None) -> Rollout:
+        """`group_size` completions of each prompt; an environment sees the prompts' columns."""
+        sampler = sampler or self.sampler
+        ids = [p.ids for p in prompts]
+        if not isinstance(sampler, MultiTurnSampler):
+            return sampler(ids, group_size)
+        return sampler(ids, group_size, columns=columns_of(prompts))
+
+    def generate(self, queries: Sequence[str | Sequence[int]], group_size: int = 1) -> Rollout:
+        """Completions of prompts, texts or token ids, with what the sampler recorded: for `step`."""
+        return self.sample(as_queries(queries, self.tokenizer), group_size)
+
+    def next_prompts(self, count: int | None = None) -> list[Prompt]:
         """This process's prompts of the next rollout, from a stream of shuffled epochs that is the same on all."""
-        count, processes = self.prompts_per_rollout, self.accelerator.num_processes
+        if self.prompts is None:
+            raise ValueError("train_dataset is required, got None")
+        count, processes = count or self.prompts_per_rollout, self.accelerator.num_processes
         while len(self._queue) < count * processes:
             self._queue += torch.randperm(len(self.prompts), generator=self.order).tolist()
         taken, self._queue = self._queue[: count * processes], self._queue[count * processes :]
@@ -102,21 +139,26 @@ class RLTrainer:
     @property
     def epoch(self) -> float:
         """Passes over the prompts so far."""
-        return round(self.prompts_seen / len(self.prompts), 4)
+        return round(self.prompts_seen / len(self.prompts), 4) if self.prompts else 0.0
 
     # ---- rewards
 
-    def score_rollout(self, rows: Sequence[Prompt], rollout: Rollout) -> Scores:
+    def reward_functions(self) -> list[RewardFunction]:
+        return [f for rewards in (self.rewards, self.eval_rewards) if rewards is not None for f in rewards.functions]
+
+    def score_rollout(self, rows: Sequence[Prompt], rollout: Rollout, rewards: Rewards | None = None) -> Scores:
         """Every reward function on the decoded completions, one row a sequence."""
+        rewards = rewards or self.rewards
+        if rewards is None:
+            raise ValueError("reward_funcs must hold at least one function, got none")
         ids = rollout.completions()
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         chat = [isinstance(p.columns.get("prompt"), list) for p in rows]
         prompts = [p.columns["prompt"] if c else p.text for p, c in zip(rows, chat, strict=True)]
         texts = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)]
-        reserved = {"prompt", "prompts", "completion", "completions", "completion_ids", "finish_reasons"}
-        names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
-        columns = {name: [p.columns.get(name) for p in rows] for name in names}
-        return self.rewards(prompts, texts, columns, completion_ids=ids, finish_reasons=list(rollout.finish))
+        given = dict(prompt_ids=[p.ids for p in rows], completion_ids=ids, finish_reasons=list(rollout.finish))
+        with self.accelerator.autocast():
+            return rewards(prompts, texts, columns_of(rows), **given)
 
     def rollout_metrics(self, scores: Scores, rewards: Tensor, rollout: Rollout) -> dict[str, float]:
         """Of the rollout; `rewards` over all processes, lengths and single functions of this one."""
@@ -131,7 +173,7 @@ class RLTrainer:
             "completion_length_max": lengths.max(),
             "truncated_completions": 1 - stopped,
         }
-        if len(self.rewards.names) > 1:
+        if self.rewards is not None and len(self.rewards.names) > 1:
             for name, column in zip(self.rewards.names, scores.each.unbind(1), strict=True):
                 metrics[f"reward_{name}"] = column[column.isfinite()].mean()
         return {name: float(value) for name, value in metrics.items()}
@@ -145,23 +187,71 @@ class RLTrainer:
 
     # ---- evaluation
 
+    @property
+    def can_evaluate(self) -> bool:
+        return bool(self.eval_prompts) or self.perplexity is not None
+
     def evaluate(self, prompts: Sequence[Prompt] | None = None) -> dict[str, float]:
-        """Mean rewards of one completion for each evaluation prompt, greedy unless `eval_do_sample`."""
+        """Means over one completion for each evaluation prompt, greedy unless `eval_do_sample`, and the perplexity."""
         prompts = prompts or self.eval_prompts
-        if not prompts:
-            raise ValueError("evaluate needs eval_dataset")
-        start = time.perf_counter()
-        rollout = self.make_sampler(greedy=not self.config.eval_do_sample)([p.ids for p in prompts])
-        scores = self.score_rollout(prompts, rollout)
-        metrics = {"eval_reward": scores.total, "eval_completion_length": rollout.lengths.float()}
-        if len(self.rewards.names) > 1:
-            metrics |= {f"eval_reward_{n}": c for n, c in zip(self.rewards.names, scores.each.unbind(1), strict=True)}
-        self.loop.seconds["evaluate"] += time.perf_counter() - start
-        return {name: float(value[value.isfinite()].mean()) for name, value in metrics.items()}
+        if not prompts and self.perplexity is None:
+            raise ValueError("evaluate needs eval_dataset or perplexity_dataset")
+        metrics: dict[str, float] = {}
+        with self.loop.timed("evaluate"):
+            if prompts:
+                rollout = self.sample(prompts, sampler=self.make_sampler(greedy=not self.config.eval_do_sample))
+                metrics["eval_completion_length"] = float(rollout.lengths.float().mean())
+                for rewards in (self.rewards, self.eval_rewards):
+                    if rewards is None:
+                        continue
+                    scores = self.score_rollout(prompts, rollout, rewards)
+                    if rewards is self.rewards:
+                        metrics["eval_reward"] = finite_mean(scores.total)
+                    if rewards is self.eval_rewards or len(rewards.names) > 1:
+                        prefix = "eval" if rewards is self.eval_rewards else "eval_reward"
+                        each = zip(rewards.names, scores.each.unbind(1), strict=True)
+                        metrics |= {f"{prefix}_{name}": finite_mean(column) for name, column in each}
+            if self.perplexity is not None:
+                metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
+        return metrics
+
+    def evaluate_at_start(self) -> None:
+        """The model before its first step, as row 0 of the log; it may be the best there is."""
+        scores, loop = self.evaluate(), self.loop
+        loop.log.log(0, scores)
+        loop.control = loop.callbacks.on_evaluate(loop.arguments, loop.state, loop.control, metrics=scores)
+        if loop.control.should_save:
+            loop.save_checkpoint()
+            loop.control.should_save = False
+
+    def finish(self, **values: Any) -> dict[str, Any]:
+        """The best model where it was asked for, a last evaluation, the files; returns what `summary.json` holds."""
+        values |= self.brakes.finish(self.loop)
+        if self.can_evaluate:
+            values |= self.evaluate()
+        return self.loop.finish(**values)
 
 
-def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> list[Prompt]:
+def finite_mean(values: Tensor) -> float:
+    return float(values[values.isfinite()].mean())
+
+
+def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The data's own columns, one value a row."""
+    reserved = {"prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "finish_reasons"}
+    names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
+    return {name: [p.columns.get(name) for p in rows] for name in names}
+
+
+def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
+    empty = not callable(functions) and len(functions) == 0
+    return None if empty else Rewards(functions, weights, timeout)
+
+
+def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> list[Prompt] | None:
     """`Prompt`s of rows (or as they are), their ids within the model's vocabulary."""
+    if rows is None:
+        return None
     if len(rows) == 0:
         raise ValueError("the dataset is empty")
     prompts = list(rows)
@@ -180,18 +270,52 @@ def add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
         total[name] = pick(total[name], value) if name in total else value
 
 
+def make_perplexity(trainer: RLTrainer, texts: Any) -> Perplexity | None:
+    """The gauge over the given texts (strings, or rows that SFT takes), or over those of the config."""
+    config, tokenizer = trainer.config, trainer.tokenizer
+    rows = rows_of(config, "perplexity_dataset") if texts is None else texts
+    if rows is None:
+        return None
+    if not isinstance(rows, Rows):
+        rows = Rows.from_list([{"text": row} if isinstance(row, str) else dict(row) for row in rows], "texts")
+    dataset = tokenize_sft(rows, tokenizer, max_length=config.cutoff_len, overlong_prompt="truncate")
+    check_vocabulary(dataset, vocabulary_size(trainer.loop.unwrapped), rows, tokenizer)
+    return Perplexity(dataset, tokenizer.pad_token_id, batch_size=config.per_device_eval_batch_size)
+
+
+def rows_of(config: RLConfig, key: str) -> Rows | None:
+    """The rows of `dataset` or another key; None where it names nothing."""
+    return load_rows(config, key) if getattr(config, key) else None
+
+
+def held_out(prompts: list[Prompt], config: RLConfig) -> tuple[list[Prompt], list[Prompt] | None]:
+    """(to train on, to evaluate on) as `val_size` says: a random split by the seed."""
+    if not config.val_size:
+        return prompts, None
+    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(prompts)))
+    if held >= len(prompts):
+        raise ValueError(f"val_size={config.val_size} leaves none of {len(prompts)} rows to train on")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return [prompts[i] for i in sorted(order[held:])], [prompts[i] for i in sorted(order[:held])]
+
+
 def run_rl(
     config: RLConfig, trainer_class: type[RLTrainer], callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
     """Train as the configuration says; returns what `summary.json` holds."""
     config.check_paths()
-    rewards: list[RewardFunction] = Rewards(config.reward_funcs, config.reward_weights).functions  # before the model
+    for specs in (config.reward_funcs, config.eval_reward_funcs):  # before anything is loaded
+        make_rewards(specs, None, None)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
+    rewards = load_rewards(config, tokenizer)
     limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-    prompts, _ = tokenize_prompts(read_rows(config.dataset_paths(), limit=config.max_samples), tokenizer, **limits)
-    held_out = config.dataset_paths("eval_dataset")
-    evaluation = tokenize_prompts(read_rows(held_out), tokenizer, **limits)[0] if held_out else None
+    prompts, evaluation = (
+        tokenize_prompts(rows, tokenizer, **limits)[0] if (rows := rows_of(config, key)) is not None else None
+        for key in ("dataset", "eval_dataset")
+    )
+    if evaluation is None:
+        prompts, evaluation = held_out(prompts, config)
     model = load_model(config, tokenizer)
     trainer = trainer_class(model, tokenizer, prompts, rewards, config, eval_dataset=evaluation, callbacks=callbacks)
     return trainer.train()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_fast.trainers.config import RunConfig, require
+from rlhf_fast.trainers.config import require
+from rlhf_fast.trainers.rollout_config import RolloutConfig
 
 
 @dataclass(kw_only=True)
-class RLConfig(RunConfig):
+class RLConfig(RolloutConfig):
     """A rollout is `generation_batch_size` sequences over all processes; one optimiser step is a minibatch of it.
 
     A minibatch has per_device_train_batch_size x gradient_accumulation_steps x processes sequences, so a rollout
@@ -17,14 +18,7 @@ class RLConfig(RunConfig):
     """
 
     # ---- rollout
-    num_generations: int = 1  # completions a prompt
-    max_completion_length: int = 256
     max_prompt_length: int | None = None  # None: cutoff_len - max_completion_length
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off. top_k and top_p bias the importance ratios
-    top_p: float = 1.0
-    sampler: Literal["group", "generate"] = "group"  # own loop with shared prefill, or model.generate
-    rollout_batch_size: int | None = None  # sequences decoded at once; None: all
     generation_batch_size: int | None = None  # sequences a rollout; None: from steps_per_generation
     steps_per_generation: int | None = None  # micro-batches a rollout and process; None: gradient_accumulation_steps
     # ---- reward
@@ -36,31 +30,57 @@ class RLConfig(RunConfig):
     reward_std_coef: float = 1.0  # k
     reward_model_weights: list[float] | None = None  # of the members in mean and std
     reward_normalize: bool = False  # each member's scores by their own running mean and std, before they meet
+    reward_timeout: float | None = None  # seconds that a reward function may take for a rollout
+    # ---- reference
+    sync_ref_model: bool = False  # every ref_model_sync_steps: reference <- a policy + (1 - a) reference
+    ref_model_mixup_alpha: float = 0.6  # a; 1 copies, and small values with ref_model_sync_steps 1 are an EMA
+    ref_model_sync_steps: int = 512
     # ---- updates
     lr_scheduler_type: str = "linear"
     learning_rate: float = 1e-6
     max_tokens_per_micro_batch: int | None = None  # replaces per_device_train_batch_size as the unit of a forward
-    share_prompts: bool | Literal["auto"] = "auto"  # completions of a prompt go through the model behind one copy of it
     disable_dropout: bool = True  # the policy is updated in eval mode: sampler and trainer are one function
     max_skipped_steps: int = 10  # steps in a row with NaN or infinite gradients before the run is given up
     # ---- evaluation
     eval_on_start: bool = False
     eval_do_sample: bool = False  # False: greedy
+    eval_reward_funcs: str | list[str] = field(default_factory=list)  # measured besides the reward, never trained on
+    perplexity_dataset: str | list[str] | None = None  # texts or conversations whose perplexity is followed
+    # ---- brakes
+    max_kl: float | None = None  # nats a token against the reference; the run stops beyond it
+    metric_for_best_model: str | None = None  # of the evaluation; None: the first of eval_reward_funcs, or eval_reward
+    greater_is_better: bool | None = None  # None: unless it is a perplexity, a loss or a length
+    load_best_model_at_end: bool = False  # a checkpoint at each best evaluation; the run ends with that model
+    health_warnings: bool = True  # a line in words when the metrics show a known illness
 
     def validate(self) -> None:
         super().validate()
-        for name in ("num_generations", "max_completion_length", "max_skipped_steps"):
+        for name in ("max_skipped_steps", "ref_model_sync_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        optional = ("max_prompt_length", "rollout_batch_size", "generation_batch_size", "steps_per_generation")
+        optional = ("max_prompt_length", "generation_batch_size", "steps_per_generation")
         for name in (*optional, "max_tokens_per_micro_batch"):
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "at least 1 or null")
-        require("temperature", self.temperature, self.temperature > 0, "above 0")
+        require("ref_model_mixup_alpha", self.ref_model_mixup_alpha, 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
+        for name in ("reward_timeout", "max_kl"):
+            value = getattr(self, name)
+            require(name, value, value is None or value > 0, "above 0 or null")
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise ValueError("load_best_model_at_end goes by evaluations: set eval_steps")
         if self.prompt_length < 1:
             raise ValueError(
                 f"cutoff_len={self.cutoff_len} leaves no room for a prompt beside "
                 f"max_completion_length={self.max_completion_length}"
             )
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that the best model has most of, and whether more is better."""
+        functions = [self.eval_reward_funcs] if isinstance(self.eval_reward_funcs, str) else self.eval_reward_funcs
+        name = self.metric_for_best_model or (functions[0].rpartition(":")[2] if functions else "reward")
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        less = any(word in name for word in ("perplexity", "loss", "length"))
+        return name, not less if self.greater_is_better is None else self.greater_is_better
 
     @property
     def prompt_length(self) -> int:
