@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf_fast.trainers.config import RunConfig, require
 
@@ -35,6 +36,8 @@ class RolloutConfig(RunConfig):
     environment_role: str = "user"  # of its messages, where the tokenizer has a chat template
     max_turns: int = 4  # turns of the policy in a completion, with an environment
     max_turn_length: int | None = None  # sampled tokens of a turn; None: max_completion_length
+
+    aliases: ClassVar[Mapping[str, str]] = {"max_new_tokens": "max_completion_length"}
 
     def validate(self) -> None:
         super().validate()
