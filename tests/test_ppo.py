@@ -9,43 +9,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
-from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from ppo_cases import classifier, tiny, trainer  # noqa: E402
+
 from rlhf_fast.trainers.ppo_experience import join  # noqa: E402
 from rlhf_fast.trainers.rollout import Rollout  # noqa: E402
-
-PROMPTS = ["25>", "7>", "90331>", "2516>", "8>", "11>", "4444>", "306>"]
-
-
-def tiny(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=15, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=2, pad_token_id=0, **kwargs,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    return model
-
-
-def digits_sum(completion_ids, **_):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-
-
-def config(tmp_path, **kwargs):
-    values = dict(
-        output_dir=str(tmp_path), max_completion_length=5, cutoff_len=32, use_cpu=True, disable_tqdm=True, seed=3,
-        per_device_train_batch_size=4, ppo_buffer_size=2, learning_rate=1e-3, plot_loss=False, max_steps=2,
-    )  # fmt: skip
-    return PPOConfig(**{**values, **kwargs})
-
-
-def trainer(tmp_path, model=None, reward=digits_sum, *, own=None, ref_model=None, callbacks=(), **kwargs):
-    rows = [{"prompt": p, "answer": str(len(p))} for p in PROMPTS]
-    given = dict(critic=own, ref_model=ref_model, callbacks=callbacks)
-    return PPOTrainer(model or tiny(), make_tokenizer(), rows, reward, config(tmp_path, **kwargs), **given)
 
 
 def rollout_of(it, *, tools=True, seed=0):
@@ -197,9 +164,7 @@ def test_loss_and_every_gradient_of_actor_and_critic_equal_plain_torch(tmp_path,
     on_policy = options.pop("on_policy", False)
     critic = None
     if options.get("critic") != "shared":
-        torch.manual_seed(7)
-        critic = transformers.Qwen2ForSequenceClassification(tiny(seed=4).config.__class__(
-            **{**tiny(seed=4).config.to_dict(), "num_labels": 1})).double()  # fmt: skip
+        critic = classifier().double()
     reference = tiny(seed=9).double()
     given = reference if options.get("kl_coef", 1) else None
     options = dict(vf_coef=0.7, temperature=0.8, ppo_target=None) | options
