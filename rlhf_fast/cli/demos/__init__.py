@@ -12,6 +12,9 @@ from typing import Any
 
 DEMOS = {  # name -> what it shows
     "grpo": "a verifiable reward teaches what 100 labelled examples did not",
+    "rm": "a reward model from pairs of the model's own samples ranks held-out pairs",
+    "dpo": "the same pairs move the policy itself, without a reward model",
+    "kto": "single judged samples do it too, without pairs",
 }
 
 
