@@ -90,12 +90,12 @@ class Pair:
         if any(head.rescale and head.want.any for head, *_ in heads):
             scale = power_of_two(grad)  # gradients of a mean over many tokens lie below fp16's range
             grad = grad * scale
-        dz = [head._narrow(side.logits) if head.want.any else None for head, _, side in heads]
+        dz = [head.narrow(side.logits) if head.want.any else None for head, _, side in heads]
         divergence_dlogits(own, ref, kl, grad, *dz, kind=self.call.kind, ref_share=self.call.ref_share)
         for (head, operands, _), d in zip(heads, dz, strict=True):
             if d is not None:
                 head.rows_backward += d.shape[0]
-                head._products(d, operands.hidden[rows], rows, None, scale)
+                head.products(d, operands.hidden[rows], rows, None, scale)
 
     def grads(self) -> list[Tensor]:
         """Gradients of hidden, weight, bias of both heads as accumulated; of no elements where not wanted."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
+from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
 from rlhf_fast.ops._shards import Agreement, ShardedHead, Shards, sharded_head
-from rlhf_fast.ops.linear import scored_rows
 from rlhf_fast.types import LossGrad, Metrics
 
 LossFn = Callable[[Tensor, "Tensor | None", dict[str, Any]], "Tensor | tuple[Tensor, Metrics]"]

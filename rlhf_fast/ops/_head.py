@@ -7,7 +7,7 @@ gradient in place, and consumed by two more products. One buffer serves all tile
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -25,13 +25,29 @@ ADD_ROWS = 1024
 
 
 def work_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the products' inputs: the caller's, but fp32 for fp16 on the CPU, which has no fp16 units."""
-    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+    """The dtype of the products' inputs: the caller's, but on the CPU fp32 for fp16, which has no units there, and for
+    bf16 where the processor has none: torch's own loops then take 10 to 200 times as long."""
+    if device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not bf16_products())):
+        return torch.float32
+    return dtype
+
+
+@cache
+def bf16_products() -> bool:
+    """Whether oneDNN multiplies bf16 matrices on this processor."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and (supported is None or bool(supported()))
 
 
 def tile_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a product leaves its logits: fp32 on CUDA; oneDNN hands bf16 back for bf16."""
     return stat_dtype(dtype) if device.type == "cuda" else work_dtype(dtype, device)
+
+
+def hidden_grad_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the hidden states' gradient is kept: theirs, or fp32 where the products run in fp32; for fp16
+    too, whose range would not hold it before loss scaling."""
+    return torch.float32 if dtype == torch.float16 else work_dtype(dtype, device)
 
 
 def weight_grad_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -52,7 +68,10 @@ def tile_rows(
     if chunk_size is not None:
         return max(1, min(chunk_size, n))
     itemsize = tile_dtype(dtype, device).itemsize
-    budget = budget or BUDGET.get(device.type, BUDGET["cuda"])
+    if budget is None:
+        budget = BUDGET.get(device.type, BUDGET["cuda"])
+        if work_dtype(dtype, device).itemsize > dtype.itemsize:
+            budget //= 2  # a widened copy of the head lies beside the tile
     rows = max(1, budget // (vocab * itemsize))
     if rows >= n:
         return max(1, n)
@@ -121,12 +140,12 @@ class Head:
         self.work = work_dtype(hidden.dtype, hidden.device)
         self.wide = tile_dtype(hidden.dtype, hidden.device)
         self.acc = stat_dtype(weight.dtype)
-        self.weight, self.weight_dtype = weight.to(self.work), weight.dtype
+        self.given = weight
         self.bias = None if bias is None else bias.to(self.acc)
         self.rescale = self.work == torch.float16
         v = weight.shape[0]
         self.tile = empty((rows, tile_stride(v, hidden.device)), self.wide, hidden.device)[:, :v]
-        hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        hidden_dtype = hidden_grad_dtype(hidden.dtype, hidden.device)
         self.dhidden = huge(hidden.new_empty(hidden.shape if want.hidden else (0,), dtype=hidden_dtype)).zero_()
         self.dweight: Tensor | None = None  # made by the first tile: a product costs less than zeros and a sum
         self.dbias = weight.new_zeros(v if want.bias else 0, dtype=self.acc)
@@ -136,12 +155,17 @@ class Head:
         self.rows_forward = 0
         self.rows_backward = 0
 
+    @cached_property
+    def weight(self) -> Tensor:
+        """The head in the products' dtype."""
+        return self.given.to(self.work)
+
     def grads(self) -> Grads:
         """The gradients of all tiles so far."""
         if not self.want.weight:
-            return Grads(self.dhidden, self.weight.new_empty(0), self.dbias)
-        shape, device = self.weight.shape, self.weight.device
-        dtype = weight_grad_dtype(self.weight_dtype, device)
+            return Grads(self.dhidden, self.given.new_empty(0), self.dbias)
+        shape, device = self.given.shape, self.given.device
+        dtype = weight_grad_dtype(self.given.dtype, device)
         if self.dweight is None:
             return Grads(self.dhidden, empty(shape, dtype, device).zero_(), self.dbias)
         dweight = self.dweight
@@ -157,6 +181,17 @@ class Head:
         if self.lora is not None:
             self._add_mm(z, self._low_rank(h), self.lora.b.t())
         return z
+
+    def start(self, place: Tensor | slice, order: Tensor | None, dhidden: Tensor | None, *sums: Tensor | None) -> None:
+        """Begin with gradients that are there already: of the rows place[order], and of weight and bias."""
+        self.dweight, dbias = sums
+        if dbias is not None:
+            self.dbias.copy_(dbias)
+        if dhidden is not None and order is None and isinstance(place, slice):
+            self.dhidden[place] = dhidden
+        elif dhidden is not None:
+            rows = torch.arange(place.start, place.stop) if isinstance(place, slice) else place
+            self.dhidden.index_copy_(0, rows if order is None else rows[order], dhidden.to(self.dhidden.dtype))
 
     def _low_rank(self, h: Tensor) -> Tensor:
         """scaling * h @ a.T, (n, r)."""
@@ -194,16 +229,8 @@ class Head:
         dentropy: Tensor | None,  # (n,)
         dlse: Tensor | None = None,  # (n,)
     ) -> None:
-        """Second and third product over the rows whose gradient is not exactly zero.
-
-        d s_j = dlogprob [j == target] + p_j (dlse - dlogprob - dentropy (log p_j + H))
-        """
-        live = dlogprob != 0
-        a, b = -dlogprob, None
-        if dlse is not None:
-            live, a = live | (dlse != 0), a + dlse
-        if dentropy is not None:
-            live, a, b = live | (dentropy != 0), a - dentropy * stats.entropy, -dentropy
+        """Second and third product over the rows whose gradient is not exactly zero."""
+        live, a, b = row_weights(stats, dlogprob, dentropy, dlse)
         order, kept = compaction(live)
         if kept == 0:
             return
@@ -212,17 +239,15 @@ class Head:
         if self.rescale:  # gradients of a mean over many tokens lie below fp16's range
             scale = power_of_two(dlogprob, dentropy, dlse)
             dlogprob, a, b = dlogprob * scale, a * scale, None if b is None else b * scale
-        dz = self._narrow(z)[:kept]
+        dz = self.narrow(z)[:kept]
         row_dlogits(z, dz, order, target, self.bias, self.tf, stats, dlogprob, a, b)
-        self._products(dz, h if order is None else h[order], rows, order, scale)
+        self.products(dz, h if order is None else h[order], rows, order, scale)
 
-    def _narrow(self, z: Tensor) -> Tensor:
+    def narrow(self, z: Tensor) -> Tensor:
         """The tile's rows in the products' dtype, in the same bytes."""
         return z if z.dtype == self.work else z.view(self.work)[:, : z.shape[1]]
 
-    def _products(
-        self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
-    ) -> None:
+    def products(self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
         h = h.to(self.work)
         through = None  # scaling * dz @ b, (k, r): what reaches a, and through it the hidden states
         if self.lora is not None:
@@ -274,6 +299,22 @@ class Head:
         if dw.dtype != self.acc:
             self.dweight = empty(dw.shape, self.acc, dw.device).copy_(dw)
         add_narrow(self.dweight, product)
+
+
+def row_weights(
+    stats: RowStats, dlogprob: Tensor, dentropy: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(whether a row has a gradient, a, b), each (n,): what upstream gradients (n,) come to in `row_dlogits`.
+
+    d s_j = dlogprob [j == target] + p_j (dlse - dlogprob - dentropy (log p_j + H))
+    """
+    live = dlogprob != 0
+    a, b = -dlogprob, None
+    if dlse is not None:
+        live, a = live | (dlse != 0), a + dlse
+    if dentropy is not None:
+        live, a, b = live | (dentropy != 0), a - dentropy * stats.entropy, -dentropy
+    return live, a, b
 
 
 def add_narrow(total: Tensor, narrow: Tensor) -> None:

@@ -8,6 +8,7 @@ bf16 this is a tenth of the whole step.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from functools import cache
 
@@ -15,25 +16,38 @@ import torch
 from torch import Tensor
 
 SMALLEST = 4 << 20
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 _MADV_HUGEPAGE = 14
+_MADV_DONTNEED = 4
 
 
 def huge(tensor: Tensor) -> Tensor:
     """The same tensor, its pages asked for as huge ones: to be called before they are first touched. Only a hint."""
     if tensor.device.type != "cpu" or tensor.nbytes < SMALLEST:
         return tensor
-    advise = _madvise()
-    if advise is not None:
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-        advise(start, stop - start, _MADV_HUGEPAGE)
+    _advise(tensor, _MADV_HUGEPAGE)
     return tensor
+
+
+def discard(tensor: Tensor) -> None:
+    """Hand the memory of a contiguous tensor back while the tensor lives: its contents are lost, and pages come anew
+    when touched. Only a hint: contents may also stay."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST:
+        _advise(tensor, _MADV_DONTNEED)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.empty` in huge pages."""
     return huge(torch.empty(shape, dtype=dtype, device=device))
+
+
+def _advise(tensor: Tensor, advice: int) -> None:
+    """Tell the kernel about the pages that lie wholly inside the tensor."""
+    advise = _madvise()
+    if advise is not None:
+        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+        stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
+        advise(start, stop - start, advice)
 
 
 @cache

@@ -72,6 +72,31 @@ def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform
     return out
 
 
+def join_stats(parts: Tensor, target: Tensor, ends: list[int], *, entropy: bool) -> RowStats:
+    """Statistics of whole rows from those of blocks of columns.
+
+        w_r = exp(L_r + m_r - m - L),   m = max m_r,   L = log sum_r exp(L_r + m_r - m)
+        logprob = logprob_r + log w_r  with r the target's block,   H = sum_r w_r (H_r - log w_r)
+
+    Differences only: nothing here rounds at the size of the logits. parts (R, 3 or 4, n): logprob (of any column where
+    the target lies in another block), m, L and entropy. target (n,); ends (R,): where each block's columns stop.
+    """
+    logprob, row_max, log_sum, *rest = parts.unbind(1)
+    top = row_max.amax(0)
+    share = log_sum + (row_max - top.masked_fill(top == -torch.inf, 0))  # -inf: the block has no mass
+    z = share.exp().sum(0)
+    total = z.log().masked_fill(z == 0, 0)  # a row of -inf alone, as in the row passes
+    log_w = share - total
+    owner = torch.bucketize(target, torch.tensor(ends[:-1], device=target.device), right=True).unsqueeze(0)
+    own = lambda x: x.gather(0, owner).squeeze(0)  # noqa: E731
+    picked = torch.where((own(row_max) == -torch.inf) & (top > -torch.inf), -torch.inf, own(logprob) + own(log_w))
+    if not entropy:
+        return RowStats(picked, top, total, None)
+    w = log_w.exp()
+    h = torch.where(w == 0, 0, w * (rest[0] - log_w)).sum(0)
+    return RowStats(picked, top, total, h.masked_fill(top == -torch.inf, torch.nan))
+
+
 def row_token_stats(
     logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform, stats: RowStats
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Wanted
-from rlhf_fast.ops._rows import RowStats, Transform
+from rlhf_fast.ops._rows import RowStats, Transform, join_stats
 from rlhf_fast.types import LossGrad
 
 
@@ -145,29 +145,10 @@ class Shards:
         return torch.where(here, target - self.first, -1)
 
     def combine(self, local: Tensor, target: Tensor, *, entropy: bool) -> RowStats:
-        """Statistics of whole rows from (3 or 4, n): the shard's logprob, m, L and entropy; target (n,) global.
-
-            w_r = exp(L_r + m_r - m - L),   m = max m_r,   L = log sum_r exp(L_r + m_r - m)
-            logprob = logprob_r + log w_r  with r the target's shard,   H = sum_r w_r (H_r - log w_r)
-
-        Differences only: nothing here rounds at the size of the logits.
-        """
+        """Statistics of whole rows from (3 or 4, n): the shard's logprob, m, L and entropy; target (n,) global."""
         if len(self.sizes) == 1:
             return RowStats(*local[:3], local[3] if entropy else None)
-        logprob, row_max, log_sum, *rest = gather(local, self.group).unbind(1)
-        top = row_max.amax(0)
-        share = log_sum + (row_max - top.masked_fill(top == -torch.inf, 0))  # -inf: the shard has no mass
-        z = share.exp().sum(0)
-        total = z.log().masked_fill(z == 0, 0)  # a row of -inf alone, as in the row passes
-        log_w = share - total
-        owner = sum((target >= end).long() for end in accumulate(self.sizes[:-1])).unsqueeze(0)
-        own = lambda x: x.gather(0, owner).squeeze(0)  # noqa: E731
-        picked = torch.where((own(row_max) == -torch.inf) & (top > -torch.inf), -torch.inf, own(logprob) + own(log_w))
-        if not entropy:
-            return RowStats(picked, top, total, None)
-        w = log_w.exp()
-        h = torch.where(w == 0, 0, w * (rest[0] - log_w)).sum(0)
-        return RowStats(picked, top, total, h.masked_fill(top == -torch.inf, torch.nan))
+        return join_stats(gather(local, self.group), target, list(accumulate(self.sizes)), entropy=entropy)
 
     def from_first(self, *vectors: Tensor | None) -> list[Tensor | None]:
         """The first rank's copy of vectors of one dtype, in one collective; None stays None.
@@ -220,9 +201,7 @@ class ShardedHead(Head):
         """As `Head.backward`, with global targets. One collective, or none where every gradient is zero."""
         super().backward(z, h, rows, self.shards.local(target), stats, *grads)
 
-    def _products(
-        self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None
-    ) -> None:
+    def products(self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
         if not self.want_hidden:
             self._own_products(dz, h, rows, order, scale)
             return
@@ -238,7 +217,7 @@ class ShardedHead(Head):
 
     def _own_products(self, *args) -> None:
         """Gradients that stay on this rank."""
-        super()._products(*args)
+        super().products(*args)
 
     def _share_of_hidden(self, dz: Tensor) -> Tensor:
         """This shard's part of the hidden states' gradient, in fp32: it is summed before it is rounded. (On the CPU
@@ -258,7 +237,7 @@ class EmptyShard(ShardedHead):
         local[1] = -torch.inf  # no mass
         return local
 
-    def _narrow(self, z: Tensor) -> Tensor:
+    def narrow(self, z: Tensor) -> Tensor:
         return z.new_empty(z.shape, dtype=self.work)
 
     def _own_products(self, *args) -> None:

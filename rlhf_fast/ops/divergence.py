@@ -17,7 +17,7 @@ from rlhf_fast import _checks
 from rlhf_fast.ops import _divergence_run as _run
 from rlhf_fast.ops._divergence_rows import KINDS
 from rlhf_fast.ops._divergence_run import Call, Operands
-from rlhf_fast.ops._head import Wanted, wanted, weight_grad_dtype
+from rlhf_fast.ops._head import Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops.fused import scaled
 from rlhf_fast.ops.linear import check_chunk, check_transform
@@ -312,7 +312,7 @@ def _(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, *args):
     grads = []
     for i, (h, w) in enumerate(((hidden, weight), (ref_hidden, ref_weight))):
         acc = stat_dtype(w.dtype)
-        dtypes = (torch.float32 if h.dtype == torch.float16 else h.dtype, weight_grad_dtype(w.dtype, w.device), acc)
+        dtypes = (hidden_grad_dtype(h.dtype, h.device), weight_grad_dtype(w.dtype, w.device), acc)
         shapes = (h.shape, w.shape, w.shape[:1])
         for s, d, on in zip(shapes, dtypes, want[3 * i : 3 * i + 3], strict=True):
             grads.append(h.new_empty(s if on else (0,), dtype=d if on else acc))

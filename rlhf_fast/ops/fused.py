@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
-from rlhf_fast.ops._head import Lora, Wanted, wanted, weight_grad_dtype
+from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops._shards import Joined, check_group
 from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
@@ -274,7 +274,7 @@ def _(
 ):
     want, dtype = args[-1], stat_dtype(hidden.dtype)
     n, acc = target.shape[0], stat_dtype(weight.dtype)
-    hidden_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    hidden_dtype = hidden_grad_dtype(hidden.dtype, hidden.device)
     return (
         *(hidden.new_empty(size, dtype=dtype) for size in ((), n, n if entropy else 0)),
         hidden.new_empty(len(metric_names.split(",")) + len(ROW_COUNTS), dtype=dtype),

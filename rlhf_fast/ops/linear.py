@@ -1,7 +1,8 @@
 """`linear_logprob`: log-probabilities of targets under a linear head, without the logits tensor.
 
 Forward: one product per tile, one read of the tile. Backward: recompute the tile, turn it into its gradient in place,
-two more products. Ignored rows reach no product; rows whose upstream gradients are all zero are not even recomputed.
+two more products. Ignored rows reach no product; rows whose upstream gradients are all zero are not even recomputed,
+nor, on the CPU, are those whose logits fit in the memory budget.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
-from rlhf_fast.ops._rows import RowStats, Transform, row_token_stats, stat_dtype
+from rlhf_fast.ops import _linear_run
+from rlhf_fast.ops._head import Lora, Wanted, wanted
+from rlhf_fast.ops._linear_run import Call, Inputs, Outputs, Saved
+from rlhf_fast.ops._rows import Transform
 from rlhf_fast.ops._shards import check_group
 from rlhf_fast.types import LogProb, TokenLogProb
 
@@ -56,7 +60,10 @@ def linear_logprob(
         lora: (a (r, D), b (V, r), scaling): the head is weight + scaling * b @ a, which is never formed; nor is a
             gradient of weight's size when weight is frozen. a and b are differentiable, in the dtype of `weight`.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
-        memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU.
+        memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU. On the CPU this is also
+            what a call keeps of its logits until its backward (None: 256 MiB), which then recomputes only the other
+            rows: three products for the rows that are kept, four for the others. With `chunk_size`, `lora` or
+            `token_stats`, without gradients and under torch.compile nothing is kept.
         group: the head's rows are spread over this process group, `weight` and `bias` being this rank's: see
             `vocab_parallel_logprob`, which is what runs. Not together with `lora` or `token_stats`.
     Returns: LogProb(logprob, entropy or None, lse), or TokenLogProb, each of the shape of `target`, fp32 (fp64 for
@@ -85,23 +92,13 @@ def linear_logprob(
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
     a, b, scaling = check_lora(lora, hidden, weight)
-    logprob, h, lse, _, _, *extra = _linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        a,
-        b,
-        target.reshape(-1),
-        scaling,
-        tf.scale,
-        tf.softcap,
-        tf.inv_temperature,
-        ignore_index,
-        entropy,
-        token_stats,
-        chunk,
-        budget,
-    )
+    flat, rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    if a is None and not token_stats and chunk is None and wanted(hidden, weight, bias).any and _may_keep(hidden):
+        call = Call(tf, ignore_index, chunk, budget)
+        logprob, h, lse, *extra = _KeepingLogprob.apply(flat, weight, bias, rows, call, entropy)
+    else:
+        options = (scaling, *tf, ignore_index, entropy, token_stats, chunk, budget)
+        logprob, h, lse, _, _, *extra = _linear_logprob(flat, weight, bias, a, b, rows, *options)
     shape = target.shape
     out = LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
     return TokenLogProb(*out, *(x.reshape(shape) for x in extra)) if token_stats else out
@@ -181,14 +178,6 @@ def check_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[int 
     return chunk_size, memory_budget
 
 
-def scored_rows(target: Tensor, ignore_index: int, vocab: int) -> Tensor | None:
-    """Rows (n,) int64 whose target counts, None when all do; raises on a target outside the vocabulary."""
-    mask = target != ignore_index
-    _checks.check_target_range("target", target, mask, vocab)
-    rows = mask.nonzero().squeeze(1)
-    return None if rows.shape[0] == target.shape[0] else rows
-
-
 @torch.library.custom_op("rlhf_fast::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor,
@@ -208,39 +197,14 @@ def _linear_logprob(
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, lse, row max, log-sum, log_sum_sq, mean_logit, is_top1 or empty), each (N,)."""
-    n = hidden.shape[0]
-    dtype = stat_dtype(hidden.dtype)
-    logprob, lse, row_max, log_sum = (hidden.new_zeros(n, dtype=dtype) for _ in range(4))
-    h = hidden.new_zeros(n if entropy else 0, dtype=dtype)
-    kinds = (dtype, dtype, torch.bool)
-    extra = [hidden.new_zeros(n if token_stats else 0, dtype=kind) for kind in kinds]
-    live = scored_rows(target, ignore_index, weight.shape[0])
-    count = n if live is None else live.shape[0]
-    step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
-    tf = Transform(scale, softcap, inv_temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
-        head = Head(hidden, weight, bias, tf, step, Wanted(False, False, False), lora)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            rows = slice(start, stop) if live is None else live[start:stop]
-            z, t = head.logits(hidden[rows]), target[rows].long()
-            stats = head.stats(z, t, entropy=entropy)
-            logprob[rows], row_max[rows], log_sum[rows] = stats[:3]
-            lse[rows] = stats.row_max + stats.log_sum
-            if entropy:
-                h[rows] = stats.entropy
-            if token_stats:
-                for out, value in zip(extra, row_token_stats(z, t, head.bias, tf, stats), strict=True):
-                    out[rows] = value
-    return logprob, h, lse, row_max, log_sum, *extra
+    call = Call(Transform(scale, softcap, inv_temperature), ignore_index, chunk_size, memory_budget, lora_scaling)
+    inputs = Inputs(hidden, weight, bias, lora_a, lora_b)
+    return tuple(_linear_run.forward(inputs, target, call, entropy=entropy, token_stats=token_stats)[0])
 
 
 @_linear_logprob.register_fake
 def _(hidden, weight, bias, a, b, target, lora_scaling, scale, softcap, inv_temperature, ignore, entropy, stats, *_):
-    n, dtype = hidden.shape[0], stat_dtype(hidden.dtype)
-    sizes = (n, n if entropy else 0, n, n, n, n if stats else 0, n if stats else 0)
-    return *(hidden.new_empty(size, dtype=dtype) for size in sizes), hidden.new_empty(sizes[-1], dtype=torch.bool)
+    return tuple(Outputs.zeros(hidden, entropy, stats))
 
 
 @torch.library.custom_op("rlhf_fast::linear_logprob_backward", mutates_args=())
@@ -267,26 +231,9 @@ def _linear_logprob_backward(
     want: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias, lora_a and lora_b, in their dtypes; empty where not wanted."""
-    has_entropy = entropy.numel() > 0
-    live = (target != ignore_index) & ((dlogprob != 0) | (dlse != 0) | (dentropy != 0 if has_entropy else False))
-    live = live.nonzero().squeeze(1)
-    count = live.shape[0]
-    step = tile_rows(count, weight.shape[0], hidden.dtype, hidden.device, chunk_size, memory_budget)
-    tf = Transform(scale, softcap, inv_temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
-        head = Head(hidden, weight, bias, tf, step, Wanted(*want), lora)
-        for start in range(0, count, step):
-            rows = live[start : start + step]
-            if count == hidden.shape[0]:
-                rows = slice(start, min(start + step, count))
-            h = hidden[rows]
-            stats = RowStats(dlogprob[rows], row_max[rows], log_sum[rows], entropy[rows] if has_entropy else None)
-            grads = (dlogprob[rows], dentropy[rows] if has_entropy else None, dlse[rows])
-            head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
-    grads = (*head.grads(), head.dlora_a, head.dlora_b)
-    inputs = (hidden, weight, bias, lora_a, lora_b)
-    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    call = Call(Transform(scale, softcap, inv_temperature), ignore_index, chunk_size, memory_budget, lora_scaling)
+    inputs, saved = Inputs(hidden, weight, bias, lora_a, lora_b), Saved(entropy, row_max, log_sum)
+    return _linear_run.backward(inputs, target, saved, (dlogprob, dentropy, dlse), call, Wanted(*want))
 
 
 @_linear_logprob_backward.register_fake
@@ -317,3 +264,34 @@ def _backward(ctx, dlogprob, dentropy, dlse, *_):
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_save)
+
+
+# ---- the same with logits that stay from the forward to the backward: eager, on the CPU ----
+
+
+def _may_keep(hidden: Tensor) -> bool:
+    """Whether this is a plain tensor on the CPU outside of torch.compile: what is kept is overwritten by the backward,
+    which no graph may know of."""
+    return hidden.device.type == "cpu" and type(hidden) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+
+
+class _KeepingLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, call: Call, entropy: bool):
+        inputs = Inputs(hidden, weight, bias, None, None)
+        out, ctx.kept, logits = _linear_run.forward(inputs, target, call, entropy=entropy, keep=True)
+        ctx.call, ctx.used = call, False
+        ctx.save_for_backward(hidden, weight, bias, target, out.entropy, out.row_max, out.log_sum, logits)
+        return out.logprob, out.entropy, out.lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        hidden, weight, bias, target, *saved, logits = ctx.saved_tensors
+        # `.data`: autograd would refuse a second walk over a graph whose tensor has changed. That walk makes them anew.
+        logits = None if ctx.used or logits is None else logits.data
+        ctx.used = True
+        want = Wanted(*ctx.needs_input_grad[:3])
+        inputs = Inputs(hidden, weight, bias, None, None)
+        grads = _linear_run.backward(inputs, target, Saved(*saved), upstream, ctx.call, want, ctx.kept, logits)
+        return *(g if w else None for g, w in zip(grads, want, strict=False)), None, None, None

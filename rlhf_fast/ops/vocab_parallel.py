@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast.ops._head import Wanted, tile_rows
+from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
 from rlhf_fast.ops._shards import Agreement, Joined, Shards, check_group, resolve, sharded_head
-from rlhf_fast.ops.linear import check_chunk, check_head, check_transform, scored_rows
+from rlhf_fast.ops.linear import check_chunk, check_head, check_transform
 from rlhf_fast.types import LogProb
 
 
