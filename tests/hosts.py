@@ -14,10 +14,11 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -70,8 +71,33 @@ def stubbed(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def host(name: str, modules: Sequence[str], stubs: Sequence[str] = ()) -> Iterator[list[ModuleType]]:
-    """The host's own modules, imported with stubs in the place of what is not installed. Skips without the host."""
+def instead(replaced: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Inside the block, stubs in the place of installed packages, with the given attributes by module name."""
+    tops = {name.partition(".")[0] for name in replaced}
+    kept = {k: m for k, m in sys.modules.items() if k.partition(".")[0] in tops}
+    for key in kept:
+        del sys.modules[key]
+    for name, attributes in replaced.items():
+        sys.modules[name] = module = _Stub(name)
+        vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        for key in [k for k in sys.modules if k.partition(".")[0] in tops]:
+            del sys.modules[key]
+        sys.modules.update(kept)
+
+
+@contextmanager
+def host(
+    name: str,
+    modules: Sequence[str],
+    stubs: Sequence[str] = (),
+    replaced: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[list[ModuleType]]:
+    """The host's own modules, imported with stubs in the place of what is not installed, or is another version than it
+    wants (`replaced`). Skips without the host.
+    """
     folders: list[str] = []
     if importlib.util.find_spec(name) is None:
         folder = Path(os.environ.get("RLHF_FAST_HOSTS", "hosts"))
@@ -82,7 +108,7 @@ def host(name: str, modules: Sequence[str], stubs: Sequence[str] = ()) -> Iterat
         sys.path[:0] = folders
         importlib.invalidate_caches()
     try:
-        with stubbed(stubs):
+        with stubbed(stubs), instead(replaced or {}):
             found = [importlib.import_module(module) for module in modules]
         yield found
     finally:
