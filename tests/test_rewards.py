@@ -1,10 +1,13 @@
 """Reward functions: what they are given, how they add up, and what their mistakes say."""
 
+import asyncio
 import math
+import time
 
 import pytest
 import torch
 
+from rlhf_fast.trainers import reward_calls
 from rlhf_fast.trainers.rewards import RewardError, Rewards, exact_match, load_function
 
 PROMPTS, COMPLETIONS = ["a>", "a>", "b>"], ["x", "yy", ""]
@@ -125,3 +128,113 @@ def test_bad_construction():
 
 def test_exact_match_wants_text_and_end():
     assert exact_match(["12", "12", "21"], ["12"] * 3, ["stop", "length", "stop"]) == [1.0, 0.0, 0.0]
+
+
+# ---- coroutines and time
+
+
+def test_coroutines_run_at_the_same_time_and_beside_plain_functions():
+    running, most = 0, 0
+    both = asyncio.Barrier(2) if hasattr(asyncio, "Barrier") else None  # from Python 3.11 on
+
+    async def slow(completions, **_):
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        await (both.wait() if both else asyncio.sleep(0.05))  # passes only when both are here
+        running -= 1
+        return [float(len(c)) for c in completions]
+
+    class Judge:
+        async def __call__(self, completions):
+            return [10 * x for x in await slow(completions)]
+
+    scores = Rewards([slow, lengths, Judge()], timeout=20)(PROMPTS, COMPLETIONS)
+    assert scores.each.tolist() == [[1.0, 1.0, 10.0], [2.0, 2.0, 20.0], [0.0, 0.0, 0.0]]
+    assert most == 2
+
+
+def test_rewards_are_called_from_within_an_event_loop():
+    async def score(completions, **_):
+        return [1.0] * len(completions)
+
+    async def notebook():
+        return Rewards(score)(PROMPTS, COMPLETIONS).total.tolist()
+
+    assert asyncio.run(notebook()) == [1.0] * 3
+
+
+async def never(completions, **_):
+    await asyncio.sleep(60)
+
+
+async def blocking(completions, **_):
+    time.sleep(3)
+
+
+def hanging(completions, **_):
+    time.sleep(3)
+
+
+@pytest.mark.parametrize("function", [never, blocking, hanging])
+def test_a_function_that_hangs_is_an_error_that_names_it(function, monkeypatch):
+    monkeypatch.setattr(reward_calls, "GRACE", 0.2)
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match=rf"'{function.__name__}'.*(reward_timeout=0.3 s for 3 rows|0.3 seconds)"):
+        Rewards([lengths, function], timeout=0.3)(PROMPTS, COMPLETIONS)
+    assert time.perf_counter() - start < 2.5
+
+
+def test_a_coroutine_that_raises_names_its_row():
+    async def picky(completions, **_):
+        return [1 / len(c) for c in completions]
+
+    with pytest.raises(RewardError, match=r"'picky' raised ZeroDivisionError in row 2 \(''\)"):
+        Rewards([picky, lengths], timeout=20)(PROMPTS, COMPLETIONS)
+
+
+# ---- process rewards
+
+
+def test_steps_and_tokens():
+    rewards = Rewards(
+        [
+            lambda completions, **_: [[0.5, 1.0], [(2, 3.0), (0, 1.0)], None],
+            lambda completions, **_: [1.0, 2.0, 3.0],
+            lambda completion_ids, **_: [torch.ones(len(ids)) for ids in completion_ids],
+        ],
+        [1.0, 10.0, 0.0],
+    )
+    scores = rewards(PROMPTS, COMPLETIONS, completion_ids=IDS)
+    assert scores.each[:, 0].tolist()[:2] == [0.75, 2.0]
+    assert scores.each[2, 0].isnan()
+    assert scores.outcome.tolist() == [10.0, 20.0, 30.0]
+    assert scores.total.tolist() == [10.75, 22.0, 30.0]
+    mine = scores.steps.function == 0
+    assert [column[mine].tolist() for column in scores.steps] == [
+        [0] * 4, [0, 0, 1, 1], [0, 1, 0, 2], [0.5, 1.0, 1.0, 3.0],
+    ]  # fmt: skip
+    assert scores.steps.row[scores.steps.function == 2].tolist() == [0, 0, 1, 1, 1, 2]
+    assert Rewards(lengths)(PROMPTS, COMPLETIONS).steps is None
+
+
+def test_an_outcome_that_does_not_apply_leaves_the_steps():
+    steps = lambda **_: [[(0, 1.0)], [(0, 2.0)], []]  # noqa: E731
+    scores = Rewards([steps, lambda **_: [None, 1.0, None]])(PROMPTS, COMPLETIONS)
+    assert scores.outcome.tolist()[:2] == [0.0, 1.0]
+    assert scores.total.tolist()[:2] == [1.0, 3.0]
+    assert scores.total[2].isnan()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0], [1.0] * 3, [1.0]], "row 0: a list of numbers holds one for each of the 2 tokens, got 1"),
+        ([[(2, 1.0)], None, None], "row 0: a step ends at token 2, of 2 tokens"),
+        ([[(0, 1.0, 2)], None, None], r"row 0: a step is \(index of its last token, reward\), got \(0, 1.0, 2\)"),
+        ([[(0, 1.0)], 3.0, None], "rewards of steps, but a single number in row 1"),
+        ([[("a", 1.0)], None, None], "a step is"),
+    ],
+)
+def test_bad_steps_are_named(values, message):
+    with pytest.raises(RewardError, match=message):
+        Rewards(lambda **_: values)(PROMPTS, COMPLETIONS, completion_ids=IDS)

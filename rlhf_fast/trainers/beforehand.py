@@ -48,7 +48,7 @@ def with_entropy_threshold(minibatch: MiniBatch, quantile: float, accelerator: A
     """
     entropy = [m.extra["old_entropy"][m.target_ids != IGNORE] for m in minibatch.micros]
     entropy = torch.cat(entropy) if entropy else torch.empty(0, device=accelerator.device)
-    entropy = _pooled(entropy.float(), accelerator)
+    entropy = _pooled(entropy, accelerator)
     threshold = float(entropy.quantile(1 - quantile)) if len(entropy) else 0.0
     return minibatch._replace(entropy_threshold=threshold)
 

@@ -67,6 +67,7 @@ class GRPOTrainer(RLTrainer):
     """
 
     config: GRPOConfig
+    proportional = PROPORTIONAL
 
     def __init__(
         self,
