@@ -45,12 +45,25 @@ def options(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and the data.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config, the data and the memory; train nothing.")
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     """Run a training stage from a YAML file, with key=value overrides."""
     _state["traceback"] = _state["traceback"] or traceback
     _call("train", "train", config, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    processes: Annotated[int | None, typer.Option(help="Devices; default: as the launcher says.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
+) -> None:
+    """Predict the peak memory of a configuration, by part; nothing is loaded."""
+    _call("plan", "plan", config, overrides or [], processes=processes, as_json=as_json)
 
 
 @app.command()
@@ -90,7 +103,6 @@ def _optional(name: str, summary: str) -> None:
 
 
 _optional("bench", "Measure the kernels against the machine's limits and against other libraries.")
-_optional("plan", "Predict the peak memory of a configuration, by part.")
 
 
 def _call(module: str, function: str, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 def train(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
     """Run the stage that a YAML file describes and print where its output is; returns its summary.
 
-    `dry_run` reads and checks configuration and data, prints both, and loads no model.
+    `dry_run` reads and checks configuration and data, prints both and the predicted memory, and loads no model.
     """
     from rlhf_fast.trainers.config import load_config, run
 
@@ -29,32 +29,50 @@ def _dry_run(config: Any) -> dict[str, Any]:
 
     import yaml
 
-    from rlhf_fast.trainers.data import tokenize_prompts
+    from rlhf_fast.cli.plan import show
     from rlhf_fast.trainers.hf_utils import load_tokenizer
-    from rlhf_fast.trainers.readers import read_rows
+    from rlhf_fast.trainers.plan import plan
 
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
     tokenizer = load_tokenizer(config)
-    counts: dict[str, Any] = {}
-    if config.takes_training_arguments:
-        from rlhf_fast.trainers.stage import load_data
-
-        for key, (dataset, _) in zip(("train", "evaluation"), load_data(config, tokenizer, quiet=True), strict=True):
-            if dataset is not None:
-                counts[key] = dataset.stats
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        steps = math.ceil(math.ceil(counts["train"].kept / batch) * config.num_train_epochs)
-        print(f"# {steps if config.max_steps < 0 else config.max_steps:,} steps on one device")
-    else:
-        limit = getattr(config, "prompt_length", config.cutoff_len)
-        for key in ("dataset", "eval_dataset"):
-            if paths := config.dataset_paths(key):
-                rows = read_rows(paths, limit=config.max_samples)
-                policy = config.overlong_prompt
-                counts[key] = tokenize_prompts(rows, tokenizer, max_length=limit, overlong_prompt=policy)[1]
+    counts = (_prompts if config.stage in ("ppo", "grpo") else _examples)(config, tokenizer)
     for key, stats in counts.items():
         print(f"# {key}: {stats}")
+    steps = _steps(config, counts["train"].kept)
+    print(f"# {steps:,} steps on one device")
+    show(plan(config, length=max(stats.longest for stats in counts.values())))
     return {key: dataclasses.asdict(stats) for key, stats in counts.items()}
+
+
+def _examples(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the data of a Trainer stage holds."""
+    from rlhf_fast.trainers.stage import load_data
+
+    parts = zip(("train", "evaluation"), load_data(config, tokenizer, quiet=True), strict=True)
+    return {key: dataset.stats for key, (dataset, _) in parts if dataset is not None}
+
+
+def _prompts(config: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the prompts of PPO and GRPO hold."""
+    from rlhf_fast.trainers.data import tokenize_prompts
+    from rlhf_fast.trainers.dataset_info import load_rows
+
+    limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
+    keys = [("train", "dataset"), ("evaluation", "eval_dataset")]
+    wanted = [(name, key) for name, key in keys if getattr(config, key)]
+    return {name: tokenize_prompts(load_rows(config, key), tokenizer, **limits)[1] for name, key in wanted}
+
+
+def _steps(config: Any, rows: int) -> int:
+    """Optimizer steps on one device (for PPO: rollouts)."""
+    if config.max_steps > 0:
+        return config.max_steps
+    if config.stage not in ("ppo", "grpo"):
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return math.ceil(math.ceil(rows / batch) * config.num_train_epochs)
+    prompts, minibatches = config.sizes()
+    rollouts = max(1, math.ceil(config.num_train_epochs * rows / prompts))
+    return rollouts if config.stage == "ppo" else rollouts * minibatches * config.num_iterations
 
 
 def _quiet_libraries() -> None:

@@ -57,8 +57,7 @@ def load_model(
     base, adapters = find_adapters(config)
     dtype = weights_dtype(config)
     options |= quantization_options(config, dtype)
-    attention = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}.get(config.flash_attn)
-    options["attn_implementation"] = config.attn_implementation or attention or choose_attention(config)
+    options["attn_implementation"] = choose_attention(config)
     model = _from_pretrained(
         "model_name_or_path", base, auto_class, dtype=dtype, trust_remote_code=config.trust_remote_code, **options
     )
@@ -139,7 +138,10 @@ def save_model(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = Non
 
 
 def choose_attention(config: RunConfig) -> str:
-    """flash-attn where it is installed and can run (CUDA, half precision), else SDPA."""
+    """What the config says; else flash-attn where it is installed and can run (CUDA, half precision), else SDPA."""
+    named = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}.get(config.flash_attn)
+    if config.attn_implementation or named:
+        return config.attn_implementation or named
     half = weights_dtype(config) != torch.float32 or config.bf16 or config.fp16
     installed = importlib.util.find_spec("flash_attn") is not None
     on_gpu = torch.cuda.is_available() and not config.use_cpu

@@ -39,11 +39,16 @@ def choose_trained(model: nn.Module, config: RunConfig, adapters: Sequence[str] 
         if merged and config.do_train:
             _save_base(model, config)
         model = _continue_adapter(model, adapters[-1], config) if continued and adapters else add_lora(model, config)
+    train_in_fp32(model, config)
+    return model
+
+
+def train_in_fp32(model: nn.Module, config: RunConfig) -> None:
+    """Under autocast, widen what is trained beside frozen weights: Adam's small steps vanish in half precision."""
     if config.finetuning_type != "full" and not config.pure_bf16 and (config.bf16 or config.fp16):
-        for p in model.parameters():  # Adam's small steps vanish in half precision
+        for p in model.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
-    return model
 
 
 # ---- adapters
@@ -71,6 +76,15 @@ def add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
         ensure_weight_tying=tied and bool({_head_name(model), _embedding_name(model)} & set(extra)),
     )
     return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
+
+
+def adapter_like(model: nn.Module, folder: str | Path, config: RunConfig) -> nn.Module:
+    """The model with a new adapter of the kind that a folder holds, without its weights."""
+    from peft import PeftConfig, get_peft_model
+
+    kind = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
+    kind.inference_mode = False
+    return get_peft_model(model, kind, autocast_adapter_dtype=not config.pure_bf16)
 
 
 def base_of(folder: str | Path) -> str:
