@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-STEP = "grpo_step"
+STEPS = {"grpo_step": "a GRPO step beside TRL's GRPOTrainer", "dpo_step": "a DPO step beside TRL's DPOTrainer"}
+OP_HELP = f"An op, `all`, {', '.join(STEPS)}; may be repeated."
 COMPARE = "compare"
 
 
@@ -17,7 +19,7 @@ def bench(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[compare A.json B.json]", help="Compare two saved runs.")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option("--op", help=f"An op, `all`, or `{STEP}`; may be repeated.")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help=OP_HELP)] = None,
     shape: Annotated[list[str] | None, typer.Option("--shape", help="A name or N,D,V; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16 or fp16; may be repeated.")] = None,
     providers: Annotated[str | None, typer.Option("--providers", help="Comma-separated; default: all.")] = None,
@@ -42,11 +44,11 @@ def bench(
     from rlhf_fast.benchmarks import cases, report, suite
 
     device = _device(device)
-    ops = _chosen("op", op or ["logprob_grad", "cross_entropy", "grpo"], [*cases.OPS, STEP])
+    ops = _chosen("op", op or ["logprob_grad", "cross_entropy", "grpo"], [*cases.OPS, *STEPS])
     dtypes = _chosen("dtype", dtype or (["bf16"] if device == "cuda" else ["fp32", "bf16"]), list(cases.DTYPES))
     shapes = [cases.parse_shape(s) for s in shape or ["qwen2.5-0.5b" if device == "cuda" else "cpu"]]
     options = suite.Options(providers=_providers(providers), rounds=rounds, memory=memory)
-    todo = [cases.Case(o, s, d, zero_rows, device) for s in shapes for d in dtypes for o in ops if o != STEP]
+    todo = [cases.Case(o, s, d, zero_rows, device) for s in shapes for d in dtypes for o in ops if o not in STEPS]
     info = report.environment(device)
     console, status = _console()
     console.print(report.hardware_line(info))
@@ -56,11 +58,10 @@ def bench(
             rows += (done := suite.run([case], options, status.update))
             for table in report.tables(done):
                 console.print(table)
-        if STEP in ops:
-            from rlhf_fast.benchmarks import grpo_step
-
-            extra[STEP] = grpo_step.run(rounds=rounds, notify=status.update)
-            console.print(grpo_step.table(extra[STEP]))
+        for step in (name for name in STEPS if name in ops):
+            module = importlib.import_module(f"rlhf_fast.benchmarks.{step}")
+            extra[step] = module.run(rounds=rounds, notify=status.update)
+            console.print(module.table(extra[step]))
     if output is not None:
         name = f"{datetime.now():%Y-%m-%d_%H%M%S}_{device if device == 'cpu' else torch.cuda.get_device_name(0)}"
         for path in report.save(output, name.replace(" ", "-"), info, rows, extra):
@@ -90,7 +91,8 @@ def _list() -> None:
 
     for op in OPS.values():
         typer.echo(f"op        {op.name:18} {op.about}")
-    typer.echo(f"op        {STEP:18} a GRPO step beside TRL's GRPOTrainer")
+    for step, about in STEPS.items():
+        typer.echo(f"op        {step:18} {about}")
     for shape in SHAPES.values():
         typer.echo(f"shape     {shape.name:18} N={shape.n}, D={shape.d}, V={shape.v}")
     for provider in PROVIDERS.values():
