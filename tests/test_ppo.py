@@ -118,12 +118,12 @@ def plain_loss(cfg, now, said, refs, advantages, returns, on_policy):
 
 CASES = {
     "own critic": dict(),
-    "shared trunk": dict(critic="shared"),
+    "shared trunk": dict(critic="shared", bootstrap_truncated=True),
     "first update": dict(on_policy=True, critic="shared"),
     "kl in the loss": dict(kl_in="loss", kl_coef=0.3),
     "kl in the loss, shared": dict(kl_in="loss", kl_coef=0.3, kl_estimator="k2", critic="shared"),
     "no reference": dict(kl_coef=0.0, temperature=0.6),
-    "cut is the end": dict(bootstrap_truncated=False, gamma=0.9, lam=0.7),
+    "cut goes on": dict(bootstrap_truncated=True, gamma=0.9, lam=0.7),
     "scores": dict(score_clip=1.0, missing_eos_penalty=0.5, kl_estimator="k3", kl_clip=0.1, kl_coef=0.5),
     "whitened rewards": dict(ppo_whiten_rewards=True, critic="shared"),
     "not whitened": dict(whiten_advantages=False, entropy_coef=0.1, cliprange_value=None),

@@ -266,12 +266,16 @@ class Loop:
         for name, value in metrics.items():
             self._metrics[name].append(value.detach() if isinstance(value, Tensor) else value)
 
+    def recorded(self) -> dict[str, float]:
+        """What the next log row would say of the values recorded so far."""
+        return {name: _reduced(name, values) for name, values in self._metrics.items()}
+
     def _reset_metrics(self) -> None:
         self._metrics: dict[str, list[Any]] = defaultdict(list)
         self._seconds_logged = dict(self.seconds)
 
     def _log(self) -> None:
-        row = {name: _reduced(name, values) for name, values in self._metrics.items()}
+        row = self.recorded()
         now, tokens = time.perf_counter(), self.state.num_input_tokens_seen - self._tokens_logged
         if tokens:  # from rollout to rollout: the steps between them have no tokens of their own
             row["tokens_per_second"] = tokens / max(now - self._tokens_at, 1e-9)

@@ -42,14 +42,15 @@ from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.packing import check_packing
 from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
 from rlhf_fast.trainers.ppo_config import PPOConfig
-from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, rollout_of
+from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, with_mask
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble
 from rlhf_fast.trainers.reward_model import pool_by_length
-from rlhf_fast.trainers.rl import RLTrainer, add_metrics, as_queries, run_rl
+from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
 from rlhf_fast.trainers.rollout import Rollout
 from rlhf_fast.trainers.running_stats import RunningStats
+from rlhf_fast.trainers.stepwise import as_queries, as_rollout
 
 
 class PPOTrainer(RLTrainer):
@@ -159,8 +160,10 @@ class PPOTrainer(RLTrainer):
     @property
     def max_steps(self) -> int:
         """Steps of the run, each a rollout."""
-        if self.config.max_steps > 0 or not self.prompts:
-            return max(self.config.max_steps, 1)
+        if self.config.max_steps > 0:
+            return self.config.max_steps
+        if not self.prompts:
+            raise ValueError("max_steps is required without train_dataset: the schedules run over it")
         per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
         return max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
 
@@ -171,20 +174,22 @@ class PPOTrainer(RLTrainer):
         scores: Sequence[float] | Tensor,
         response_masks: Sequence[Any] | None = None,
     ) -> dict[str, float]:
-        """One PPO step on completions and scores that the caller has; returns its metrics.
+        """One PPO step on completions and scores that the caller has; returns the metrics since the last log row.
 
         Args:
-            queries: strings, or token ids (lists or tensors), one a response.
-            responses: what `generate` returned, or token ids.
+            queries: texts, or token ids (lists or tensors), one a response.
+            responses: what `generate` returned; or texts, which end with EOS, or token ids.
             scores: one number a response; a NaN leaves its row out.
-            response_masks: 0 where a token is not the policy's own (a tool's answer), for responses given as ids.
+            response_masks: for each response a 0 where a token is not the policy's own (a tool's answer), else 1.
         Notes: learning rate and coefficients follow schedules over `max_steps` such steps. `finish()` saves the models.
         Raises: ValueError naming what does not fit.
         """
         self.start()
         rollout = responses
         if not isinstance(responses, Rollout):
-            rollout = rollout_of(responses, self.sampler.settings, response_masks)
+            rollout = as_rollout(responses, self.tokenizer, self.sampler.settings)
+        if response_masks is not None:
+            rollout = with_mask(rollout, response_masks)
         scores = torch.as_tensor([float(s) for s in scores])
         if not len(queries) == len(scores) == len(rollout.lengths):
             raise ValueError(f"got {len(queries)} queries, {len(rollout.lengths)} responses and {len(scores)} scores")
@@ -194,8 +199,10 @@ class PPOTrainer(RLTrainer):
         kept = every[every.isfinite()]
         metrics = {"reward": float(kept.mean()), "reward_std": float(kept.std(correction=0))} if len(kept) else {}
         metrics |= self.learn([prompt.ids for prompt in as_queries(queries, self.tokenizer)], rollout, scores)
-        self.loop.end_step(metrics)
-        return self.loop.state.log_history[-1] if self.loop.state.log_history else metrics
+        self.loop.record(metrics)
+        metrics = self.loop.recorded()
+        self.loop.end_step({})
+        return metrics
 
     # ---- one step
 

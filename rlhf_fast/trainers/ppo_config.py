@@ -53,7 +53,9 @@ class PPOConfig(RLConfig):
     gamma: float = 1.0
     lam: float = 0.95
     whiten_advantages: bool = True
-    bootstrap_truncated: bool = True  # a cut completion goes on with the critic's value; False: it ends there, worth 0
+    # A completion cut at max_completion_length ends there, and its score is what it was worth; True: it would have gone
+    # on, and the critic's value of what follows is added to its score. For rewards that are no verdict on the whole.
+    bootstrap_truncated: bool = False
     # ---- losses
     loss_type: str = "ppo"  # a registered policy loss
     epsilon: float = 0.2  # the ratio is clipped to [1 - epsilon, 1 + epsilon_high]

@@ -145,24 +145,16 @@ def _offsets(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-def rollout_of(responses: Sequence[Any], settings: Any, masks: Sequence[Any] | None = None) -> Rollout:
-    """A `Rollout` of responses that came from elsewhere: lists or tensors of token ids, with masks of what counts.
+def with_mask(rollout: Rollout, masks: Sequence[Any]) -> Rollout:
+    """The rollout with a mask for each completion: 0 where a token is not the policy's own.
 
-    One that ends with an end-of-sequence token has stopped; the sampler's log-probabilities are unknown (NaN).
-    Raises: ValueError naming the row.
+    Raises: ValueError naming the row whose mask has another length than its completion.
     """
-    ids = [[int(token) for token in response] for response in responses]
-    for row, response in enumerate(ids):
-        if not response:
-            raise ValueError(f"responses must be non-empty lists of token ids, row {row} is empty")
-        if masks is not None and len(masks[row]) != len(response):
-            raise ValueError(f"row {row}: the mask has {len(masks[row])} entries, the response {len(response)} tokens")
-    flat = torch.tensor(list(chain.from_iterable(ids)))
-    return Rollout(
-        ids=flat,
-        logprob=torch.full((len(flat),), torch.nan),
-        cu_seqlens=_offsets(torch.tensor([len(response) for response in ids])).int(),
-        finish=["stop" if response[-1] in settings.eos_token_ids else "length" for response in ids],
-        settings=settings,
-        mask=None if masks is None else torch.tensor([bool(m) for mask in masks for m in mask]),
-    )
+    lengths = rollout.lengths.tolist()
+    if len(masks) != len(lengths):
+        raise ValueError(f"response_masks must hold {len(lengths)} masks, one a response, got {len(masks)}")
+    for row, (mask, length) in enumerate(zip(masks, lengths, strict=True)):
+        if len(mask) != length:
+            raise ValueError(f"response_masks: row {row} has {len(mask)} entries, its response {length} tokens")
+    flat = [bool(m) for mask in masks for m in mask]
+    return rollout._replace(mask=torch.tensor(flat, device=rollout.ids.device))
