@@ -135,11 +135,9 @@ ILLNESSES = [
     Illness(
         "KL explosion",
         _kl,
-        _say(
-            "the policy runs away: KL {kl:.3g} nats a token from the reference, {old:.3g} from the policy that sampled",
-            "a lower learning_rate, fewer updates a rollout, a larger KL coefficient, max_kl, or a smaller epsilon",
-            kl="kl",
-            old="approx_kl",
+        lambda h: (
+            f"the policy runs away: {_distances(h)}. Try a lower learning_rate, fewer updates a rollout, a larger KL "
+            "coefficient, max_kl, or a smaller epsilon"
         ),
     ),
     Illness(
@@ -191,6 +189,11 @@ ILLNESSES = [
         ),
     ),
 ]
+
+
+def _distances(h: History) -> str:
+    known = {"the reference": h.now("kl"), "the policy that sampled": h.now("approx_kl")}
+    return ", ".join(f"KL {kl:.3g} nats a token from {where}" for where, kl in known.items() if kl == kl)
 
 
 def _perplexity(h: History) -> float:

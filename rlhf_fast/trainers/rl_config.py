@@ -77,9 +77,11 @@ class RLConfig(RolloutConfig):
     def best_metric(self) -> tuple[str, bool]:
         """The metric that the best model has most of, and whether more is better."""
         functions = [self.eval_reward_funcs] if isinstance(self.eval_reward_funcs, str) else self.eval_reward_funcs
-        name = self.metric_for_best_model or (functions[0].rpartition(":")[2] if functions else "reward")
+        name = self.metric_for_best_model or (
+            functions[0].replace(":", ".").rpartition(".")[2] if functions else "reward"
+        )
         name = name if name.startswith("eval_") else f"eval_{name}"
-        less = any(word in name for word in ("perplexity", "loss", "length"))
+        less = name.endswith(("perplexity", "loss", "length"))
         return name, not less if self.greater_is_better is None else self.greater_is_better
 
     @property
