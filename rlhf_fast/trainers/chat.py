@@ -41,7 +41,7 @@ class Tags:
         role, content = turn.get(self.role_tag), turn.get(self.content_tag)
         roles = {self.user_tag: "user", self.assistant_tag: "assistant", self.system_tag: "system"}
         roles |= {self.observation_tag: "tool", self.function_tag: "function_call"}
-        role = roles.get(role, role)
+        role = roles.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}: expected one of {', '.join(map(str, roles))}")
         if role == "function_call":
@@ -158,7 +158,7 @@ def _message(turn: Mapping[str, Any], tags: Tags) -> dict[str, Any]:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str):
         raise ValueError(f"must be a list of {{role, content}} objects, got {dict(turn)!r:.80}")
-    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+    if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
         content = "".join(p["text"] for p in content)  # OpenAI's parts
     if content is None and turn.get("tool_calls"):
         content = ""
