@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.trainers.experience import Experience, MicroBatch, collate, cut_rows, shared_mask
+from rlhf_fast.trainers.packing import check_packing
 from rlhf_fast.trainers.rollout import evaluating
 
 TOLERANCE = 0.1  # of the effect that a wrong mask has
@@ -30,7 +31,7 @@ class Layout:
         model: the policy; what it can do is tried out once.
         share: share prompts: "auto" by the cost above; True: whole groups; False: never.
         packed: everything in one row without padding; prompts are not shared then.
-    Raises: ValueError when `share` is True and the model's attention cannot.
+    Raises: ValueError when the model's attention cannot do what is asked for.
     """
 
     def __init__(self, model: nn.Module, *, share: bool | str = "auto", packed: bool = False):
@@ -39,6 +40,8 @@ class Layout:
         reason = None if share is False or packed else why_not_shared(model)
         if share is True and reason:
             raise ValueError(f"share_prompts is true, but {reason}")
+        if packed:
+            check_packing(model)
         self.shares = share is not False and not packed and reason is None
         self.always, self.packed = share is True, packed
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
