@@ -13,6 +13,7 @@ from trl_cases import saved, tiny, trainer
 
 from rlhf_fast import reference
 from rlhf_fast.integrations import trl as integration
+from rlhf_fast.integrations import trl_head
 from rlhf_fast.integrations.trl import PatchError, patch, unpatch
 from rlhf_fast.ops._head import Head
 
@@ -181,14 +182,6 @@ def test_a_masked_target_is_not_scored(ours):
     assert bool((grad[3] == 0).all())
 
 
-def test_no_second_derivative(ours):
-    inputs, target = head(torch.float32)
-    out = score(ours, inputs, target, TRANSFORMS["plain"])
-    (grad,) = torch.autograd.grad(out[0].sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
-
-
 class ZeRO3:
     """What ZeRO-3 does to parameters, without DeepSpeed: empty but inside a gathering context."""
 
@@ -196,6 +189,10 @@ class ZeRO3:
         self.full = {p: p.data for p in params}
         self.entered = []
         self.partition()
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", self.gather)
+        monkeypatch.setattr(trl_head, "_zero3", lambda: True)
 
     def partition(self):
         for p in self.full:
@@ -216,14 +213,14 @@ def test_zero3_gathers_in_the_backward_too(ours, monkeypatch):
     want = gradients(score(ours, inputs, target, TRANSFORMS["plain"]), inputs)
     params = [torch.nn.Parameter(x.detach().clone()) for x in inputs[1:]]
     zero = ZeRO3(*params)
-    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", zero.gather)
+    zero.install(monkeypatch)
     with zero.gather(*params):  # TRL's, around the call
         out = score(ours, [inputs[0], *params], target, TRANSFORMS["plain"])
     assert params[0].numel() == 0
     got = gradients(out, [inputs[0], *params])
     assert zero.entered[-1] == 2
     for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # one of the two keeps its logits
 
 
 # ---- through TRL's forward ---------------------------------------------------------------------------------------
@@ -311,7 +308,7 @@ def test_divergence_gathers_both_heads(monkeypatch):
         want = torch.autograd.grad(out[0].sum(), own)
         params = [torch.nn.Parameter(x.detach().clone()) for x in (*own[1:], *teacher[1:])]
         zero = ZeRO3(*params)
-        monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", zero.gather)
+        zero.install(monkeypatch)
         got = function.apply(own[0], *params[:2], teacher[0].detach(), *params[2:], 0.5)
         assert torch.equal(got[0], out[0])
         grads = torch.autograd.grad(got[0].sum(), [own[0], *params[:2]])
@@ -503,8 +500,8 @@ def test_lora_on_the_head_under_zero3(monkeypatch):
         utils.add_fused_lm_head(model.get_base_model())
         want = torch.autograd.grad(model(ids, labels=labels, fused_lm_head=True).loss, trained)
         zero = ZeRO3(*trained)
-        monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", zero.gather)
+        zero.install(monkeypatch)
         loss = model(ids, labels=labels, fused_lm_head=True).loss
         assert trained[0].numel() == 0
         for a, b in zip(torch.autograd.grad(loss, trained), want, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

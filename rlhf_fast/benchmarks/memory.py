@@ -37,6 +37,13 @@ class Unmeasured(Exception):
 
 def extra_bytes(fn: Callable[[], dict[str, Tensor]]) -> int:
     """Peak resident memory during one call, less what was there before and less its outputs. Linux only."""
+    before = reset_peak()
+    out = fn()
+    return peak_bytes() - before - output_bytes(out)
+
+
+def reset_peak() -> int:
+    """Hand freed memory back and set the high-water mark to what is resident: these bytes."""
     gc.collect()
     _trim()
     try:
@@ -44,9 +51,12 @@ def extra_bytes(fn: Callable[[], dict[str, Tensor]]) -> int:
             file.write("5")  # VmHWM := VmRSS
     except OSError as error:
         raise Unmeasured(f"the high-water mark of memory cannot be reset here: {error}") from error
-    before = _status("VmRSS")
-    out = fn()
-    return _status("VmHWM") - before - output_bytes(out)
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The high-water mark since `reset_peak`."""
+    return _status("VmHWM")
 
 
 def in_fresh_process(provider: str, case: Case) -> Extra:

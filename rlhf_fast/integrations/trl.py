@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_fast.integrations._patching import Patch, PatchError, Replace
+from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Replace
 
 __all__ = ["PatchError", "patch", "unpatch"]  # and, made when first asked for: FastGRPOTrainer, GRPOLossMixin
 
@@ -67,19 +67,7 @@ class ReplaceHere(Replace):
         yield self._owner()
 
 
-class Expect(Replace):
-    """A symbol that ours rely on: checked like the others, left as it is."""
-
-    def __init__(self, module: str, name: str, signatures: dict[str, str]):
-        super().__init__(module, name, None, signatures)
-
-    def apply(self) -> None:
-        """Nothing."""
-
-    undo = check_ours = apply
-
-
-def _changes() -> Iterator[Replace]:
+def _changes() -> Iterator[Replace | Expect]:
     """Everything that the patch touches or counts on. Imports TRL."""
     from rlhf_fast.integrations import trl_head as ours
 

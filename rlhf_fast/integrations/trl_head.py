@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.integrations.lm_head import head_parts
 from rlhf_fast.ops.from_logits import logprob_from_logits
-from rlhf_fast.ops.linear import check_transform
+from rlhf_fast.ops.linear import check_transform, linear_logprob
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 IGNORE = -100
@@ -66,17 +66,42 @@ class ChunkedLogProb:
         """(log-probs, entropy, log sum_v p_v^2, mean logit, is top-1), each (N,); what `outputs` does not name is None.
 
         Log-probs and entropy are differentiable. `chunk_size`, TRL's tile over the vocabulary, has no meaning here:
-        tiles are whole rows, as many as fit in 128 MiB on the CPU, 1 GiB on a GPU.
+        tiles are whole rows, as many as fit in the memory budget of `linear_logprob`.
         """
-        head = HEAD.get()
-        lora = None if head is None else head_parts(head)[1]
-        a, b, scaling = (None, None, 1.0) if lora is None else (_whole(lora[0]), _whole(lora[1]), lora[2])
-        tf = check_transform(temperature, logit_scale, final_logit_softcapping)
+        lora, entropy = _adapter(), "entropy" in outputs
         stats = any(name in outputs for name in OUTPUTS[1:])
-        options = (scaling, tuple(tf), "entropy" in outputs, stats)
-        with _host().maybe_gather_lm_head_ctx(a, b):  # TRL has gathered weight and bias around the call
-            logprob, *rest = _LinearLogProb.apply(hidden, weight, bias, a, b, targets, *options)
+        transform = dict(temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping)
+        if _zero3():
+            logprob, *rest = _gathered(hidden, weight, bias, lora, targets, transform, entropy, stats)
+        else:
+            if not torch.is_autocast_enabled(hidden.device.type):
+                weight, bias = _cast(hidden.dtype, weight, bias)
+                lora = lora and (*_cast(hidden.dtype, *lora[:2]), lora[2])
+            options = dict(bias=bias, lora=lora, entropy=entropy, token_stats=stats)
+            logprob, h, _, *extra = linear_logprob(hidden, weight, targets, **options, **transform)
+            rest = h, *(extra or (None, None, None))
         return logprob, *(x if name in outputs else None for name, x in zip(OUTPUTS, rest, strict=True))
+
+
+def _adapter() -> tuple[Tensor, Tensor, float] | None:
+    """The LoRA of the head in use, whole."""
+    head = HEAD.get()
+    lora = None if head is None else head_parts(head)[1]
+    return lora and (_whole(lora[0]), _whole(lora[1]), lora[2])
+
+
+def _zero3() -> bool:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+def _gathered(hidden, weight, bias, lora, target, transform, entropy, token_stats) -> tuple[Tensor, ...]:
+    """`linear_logprob` of parameters that are there only inside a gathering context."""
+    a, b, scaling = lora or (None, None, 1.0)
+    options = (scaling, tuple(check_transform(**transform)), entropy, token_stats)
+    with _host().maybe_gather_lm_head_ctx(a, b):  # TRL has gathered weight and bias around the call
+        return _LinearLogProb.apply(hidden, weight, bias, a, b, target, *options)
 
 
 class _LinearLogProb(torch.autograd.Function):
