@@ -179,7 +179,6 @@ LOOP_KEYS: dict[str, tuple[Any, ...] | None] = {
     "fsdp": (None, "", [], False),
     "torch_compile": (False,),
     "neftune_noise_alpha": (None, 0),
-    "load_best_model_at_end": (False,),
     "log_level": None,
 }
 
