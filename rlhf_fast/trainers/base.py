@@ -169,7 +169,7 @@ class FusedTrainer(Trainer):
         """Count the whole evaluation set, then add up its batches' shares."""
         start, self._evaluation = time.perf_counter(), _Sums()
         with torch.no_grad():
-            self._evaluation_totals = self.totals(map(self._prepare_inputs, dataloader))
+            self._evaluation_totals = self.totals(map(self._evaluation_batch, dataloader))
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self._evaluation.reduced(self.accelerator)
         metrics = self.finish_metrics({name: value.item() for name, value in sums.items()})
@@ -179,11 +179,24 @@ class FusedTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[None, None, None]:
         """One evaluation batch; its share is kept for the sums."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._evaluation_batch(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, metrics = self.share(model, inputs, self._evaluation_totals)
         self._evaluation.add({"loss": loss.detach(), **metrics})
         return None, None, None
+
+    def _evaluation_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the evaluation set without the rows that are repeated to give all ranks the same number."""
+        inputs = self._prepare_inputs(inputs)
+        state, rows = self.accelerator.gradient_state, self.args.per_device_eval_batch_size
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        real = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
+        return self.first_rows(inputs, real)
+
+    def first_rows(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        """A batch of which only the first `count` rows of the dataset count."""
+        return first_sequences(inputs, count)
 
     # ---- checkpoints
 
@@ -250,6 +263,29 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
-def sequence_count(batch: Mapping[str, Any]) -> int:
-    """Sequences in a padded or packed batch."""
-    return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(batch["input_ids"])
+def sequence_offsets(batch: Mapping[str, Any]) -> Tensor:
+    """(S + 1,) offsets of the sequences into the flattened tokens, padding included."""
+    if "cu_seqlens" in batch:
+        return batch["cu_seqlens"]
+    rows, width = batch["input_ids"].shape
+    return torch.arange(rows + 1, device=batch["input_ids"].device) * width
+
+
+def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """(S,) sums of per-token values, which are 0 where not scored."""
+    ids = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(
+        offsets.diff().long(), output_size=values.numel()
+    )
+    return values.new_zeros(len(offsets) - 1).index_add(0, ids, values.flatten())
+
+
+def scored_lengths(batch: Mapping[str, Any]) -> Tensor:
+    """(S,) scored tokens of each sequence."""
+    return sequence_sums((batch["target_ids"] != -100).long(), sequence_offsets(batch))
+
+
+def first_sequences(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The batch with nothing scored beyond its first `count` sequences."""
+    ids = batch["target_ids"].clone()
+    ids.view(-1)[int(sequence_offsets(batch)[count]) :] = -100
+    return {**batch, "target_ids": ids}

@@ -26,11 +26,11 @@ from transformers import TrainingArguments
 from rlhf_fast.losses.pairs import PairSegments, pair_segments
 from rlhf_fast.losses.preference import PreferenceLoss
 
-from .base import Totals, model_inputs
+from .base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets
 from .collators import PairCollator
 from .dpo_config import DPOConfig
 from .hf_utils import load_model
-from .reference_trainer import ReferenceTrainer, reference_options, sequence_offsets, sequence_sums
+from .reference_trainer import ReferenceTrainer, reference_options
 from .stage import run_stage
 
 
@@ -69,10 +69,12 @@ class DPOTrainer(ReferenceTrainer):
 
     def counts(self, batch: Mapping[str, Any]) -> Totals:
         """A pair counts when both of its answers have scored tokens."""
-        scored = (batch["target_ids"] != -100).long()
-        chosen, rejected = sequence_sums(scored, sequence_offsets(batch)).unflatten(0, (-1, 2)).unbind(1)
-        valid = (chosen > 0) & (rejected > 0)
-        return {"pairs": valid.sum(), "chosen_tokens": (chosen * valid).sum(), "tokens": scored.sum()}
+        lengths = scored_lengths(batch).unflatten(0, (-1, 2))
+        valid = (lengths > 0).all(1)
+        return {"pairs": valid.sum(), "chosen_tokens": (lengths[:, 0] * valid).sum(), "tokens": lengths.sum()}
+
+    def first_rows(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        return first_sequences(inputs, 2 * count)
 
     def share(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         pairs, chosen_tokens, tokens = (totals[name].clamp(min=1) for name in ("pairs", "chosen_tokens", "tokens"))

@@ -24,11 +24,11 @@ from transformers import TrainingArguments
 
 from rlhf_fast.losses.kto import KTO
 
-from .base import Totals, model_inputs
+from .base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets, sequence_sums
 from .collators import KTOCollator, first_scored
 from .hf_utils import load_model
 from .kto_config import KTOConfig
-from .reference_trainer import ReferenceTrainer, no_loss, reference_options, sequence_offsets, sequence_sums
+from .reference_trainer import ReferenceTrainer, no_loss, reference_options
 from .stage import run_stage
 
 KL = "kl_"  # prefix of the mismatched sequences in a batch
@@ -76,11 +76,11 @@ class KTOTrainer(ReferenceTrainer):
 
     def counts(self, batch: Mapping[str, Any]) -> Totals:
         """A sequence counts when it has a scored token; and the sums behind z."""
-        scored = (batch["target_ids"] != -100).long()
-        valid = sequence_sums(scored, sequence_offsets(batch)) > 0
+        lengths = scored_lengths(batch)
+        valid = lengths > 0
         good = valid & batch["label"]
         counts = {"sequences": valid.sum(), "desirable": good.sum(), "undesirable": valid.sum() - good.sum()}
-        return counts | {"tokens": scored.sum()} | (self._mismatched_gap(batch) if self.loss.kind == "kto" else {})
+        return counts | {"tokens": lengths.sum()} | (self._mismatched_gap(batch) if self.loss.kind == "kto" else {})
 
     @torch.no_grad()
     def _mismatched_gap(self, batch: Mapping[str, Any]) -> Totals:
@@ -94,11 +94,16 @@ class KTOTrainer(ReferenceTrainer):
             out = self.model_wrapped(**model_inputs(other), target_ids=targets, loss_fn=no_loss, segments=offsets)
         self.model.train(training)
         if "ref" in batch:
-            reference = batch["ref"][:, 1].sum()
+            reference = (batch["ref"][:, 1] * (scored_lengths(other) > 0)).sum()
         else:
             reference = self.reference_logprob(other, offsets).sum()
-        rows = sequence_sums((targets != -100).long(), offsets) > 0
-        return {"kl_gap": out.logprob.sum() - reference, "kl_rows": rows.sum()}
+        return {"kl_gap": out.logprob.sum() - reference, "kl_rows": (scored_lengths(other) > 0).sum()}
+
+    def first_rows(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        kept = first_sequences(inputs, count)
+        if self.loss.kind == "kto":
+            kept |= {KL + name: value for name, value in first_sequences(mismatched(inputs), count).items()}
+        return kept
 
     def share(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         offsets = sequence_offsets(inputs)

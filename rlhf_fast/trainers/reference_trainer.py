@@ -199,22 +199,6 @@ class ReferenceCollator:
         return self.collator(examples) | {"ref": torch.from_numpy(np.stack([e["ref"] for e in examples]))}
 
 
-def sequence_offsets(batch: Mapping[str, Any]) -> Tensor:
-    """(S + 1,) offsets of the sequences into the flattened tokens, padding included."""
-    if "cu_seqlens" in batch:
-        return batch["cu_seqlens"]
-    rows, width = batch["input_ids"].shape
-    return torch.arange(rows + 1, device=batch["input_ids"].device) * width
-
-
-def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """(S,) sums of per-token values, which are 0 where not scored."""
-    ids = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(
-        offsets.diff().long(), output_size=values.numel()
-    )
-    return values.new_zeros(len(offsets) - 1).index_add(0, ids, values.flatten())
-
-
 def no_loss(logprob: Tensor, entropy: Tensor | None, batch: dict[str, Any]) -> Tensor:
     """For log-probabilities in the tiles in which a loss over whole segments has them."""
     return logprob.new_zeros(())

@@ -15,13 +15,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlhf_fast.losses.reward import reward_loss
 
-from .base import FusedTrainer, Totals, sequence_count
+from .base import FusedTrainer, Totals, first_sequences, scored_lengths
 from .collators import PairCollator
 from .reward_model import new_reward_model, pool_by_length, score_batch
 from .rm_config import RMConfig
@@ -65,20 +64,28 @@ class RewardTrainer(FusedTrainer):
         )
 
     def counts(self, batch: Mapping[str, Any]) -> Totals:
-        return {"pairs": torch.tensor(sequence_count(batch) // 2, device=batch["input_ids"].device)}
+        return {"pairs": valid_pairs(batch).sum()}
+
+    def first_rows(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        return first_sequences(inputs, 2 * count)
 
     def share(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = score_batch(model, inputs).unflatten(0, (-1, 2)).unbind(1)  # each pair side by side
         margin = inputs.get("margin") if self.use_margin else None
-        pairs = totals["pairs"].to(chosen.dtype)
-        loss, metrics = reward_loss(chosen, rejected, margin=margin, normalizer=pairs, **self.options)
-        squares = (chosen.detach().square() + rejected.detach().square()).sum() / (2 * pairs)
+        pairs, valid = totals["pairs"].clamp(min=1).to(chosen.dtype), valid_pairs(inputs)
+        loss, metrics = reward_loss(chosen, rejected, margin=margin, mask=valid, normalizer=pairs, **self.options)
+        squares = (chosen.detach().square() + rejected.detach().square()).mul(valid).sum() / (2 * pairs)
         return loss, {**metrics, "rewards/std": squares}
 
     def finish_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """The standard deviation of all scores from their mean square."""
         mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
         return metrics | {"rewards/std": math.sqrt(max(metrics["rewards/std"] - mean**2, 0.0))}
+
+
+def valid_pairs(batch: Mapping[str, Any]) -> Tensor:
+    """(P,) bool: pairs whose answers both have a token."""
+    return (scored_lengths(batch) > 0).unflatten(0, (-1, 2)).all(1)
 
 
 def run_rm(config: RMConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:

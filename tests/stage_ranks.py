@@ -1,0 +1,56 @@
+"""SFT, reward model, DPO and KTO on any number of processes: `python stage_ranks.py OUT` in torchrun's environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from stage_cases import PAIRS, judged_rows, tiny
+from test_dpo import trainer_for as dpo_trainer
+from test_kto_trainer import trainer_for as kto_trainer
+from test_rm import trainer_for as rm_trainer
+from test_sft import make_rows
+from test_sft import trainer_for as sft_trainer
+
+from rlhf_fast.losses.preference import PreferenceLoss
+
+
+def trainers(folder: Path, ranks: int):
+    """(name, trainer): a step is all rows, in micro-batches of 2, whatever the number of ranks."""
+
+    def options(rows):
+        sizes = dict(per_device_train_batch_size=2, gradient_accumulation_steps=rows // 2 // ranks)
+        sizes |= dict(per_device_eval_batch_size=5)  # does not divide the rows: some are repeated on several ranks
+        return sizes | dict(max_steps=2, learning_rate=0.1, optim="sgd", train_sampling_strategy="sequential")
+
+    yield "sft", sft_trainer(folder / "sft", tiny(vocab_size=18), make_rows(16), **options(16))
+    yield "rm", rm_trainer(folder / "rm", **options(8))
+    mix = PreferenceLoss(["sigmoid", "bco_pair", "sft"], beta=0.5)
+    yield "dpo", dpo_trainer(folder / "dpo", ref=None, loss=mix, sync_steps=1, **options(8))
+    rows = sorted(judged_rows(PAIRS[:6]), key=lambda row: row["label"])
+    yield "kto", kto_trainer(folder / "kto", rows=rows, **options(12))
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """Weights after two steps, what was logged, and the evaluation, by stage."""
+    out = {}
+    timings = ("second", "runtime", "time", "mb")
+    for name, trainer in trainers(folder, PartialState().num_processes):
+        trainer.train()
+        metrics = trainer.evaluate()
+        logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+        out[name] = {
+            "weights": {k: v.clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()},
+            "logged": {k: [row[k] for row in logged] for k in logged[0] if not k.endswith(timings)},
+            "evaluation": {k: v for k, v in metrics.items() if not k.endswith(timings)},
+        }
+    return out
+
+
+if __name__ == "__main__":
+    found = results(Path(sys.argv[1]))
+    if PartialState().is_main_process:
+        torch.save(found, Path(sys.argv[1]) / "results.pt")
+    torch.distributed.destroy_process_group()
