@@ -222,3 +222,29 @@ def test_check_packing_below_any_head_and_adapter():
     check_packing(fuse_lm_head(make_model("Qwen2")))
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.5)
     check_packing(fuse_lm_head(peft.get_peft_model(make_model("Qwen2"), lora)))
+
+
+def test_supervised_run_in_full_rows(tmp_path):
+    """From the configuration: a batch counts rows of cutoff_len tokens, and each scored token counts once."""
+    import json
+
+    from test_data import word_tokenizer
+
+    from rlhf_fast.trainers.config import make_config
+    from rlhf_fast.trainers.sft import run_sft
+
+    make_model("Qwen2").save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    lengths = [5, 4, 3, 2, 2] * 2  # with EOS
+    lines = [json.dumps({"text": "a " * (n - 1)}) for n in lengths]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    values = dict(stage="sft", model_name_or_path=str(tmp_path / "model"), dataset=str(tmp_path / "rows.jsonl"))
+    values |= dict(output_dir=str(tmp_path / "out"), cutoff_len=8, packing=True, per_device_train_batch_size=4)
+    summary = run_sft(make_config(values | dict(learning_rate=0.0, use_cpu=True, disable_tqdm=True, plot_loss=False)))
+    assert summary["steps"] == 1  # 32 tokens in 4 rows
+    model = fuse_lm_head(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    sums = []
+    for n in lengths:
+        row = {"input_ids": np.array([8] * (n - 1) + [3]), "scored": np.ones(n, dtype=bool)}
+        sums.append(model(**Collator(0)([row]), loss_fn=NLL(normalizer=1.0)).loss.item())
+    assert summary["train_loss"] == pytest.approx(sum(sums) / 22, rel=64 * torch.finfo(torch.float32).eps)

@@ -24,6 +24,7 @@ from rlhf_fast.losses.nll import NLL
 from .base import FusedTrainer, Totals, model_inputs
 from .collators import Collator
 from .hf_utils import load_model
+from .packing import PackedDataset
 from .sft_config import SFTConfig
 from .stage import run_stage
 
@@ -67,9 +68,14 @@ def perplexity(loss: float) -> float:
 
 
 def run_sft(config: SFTConfig, *, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Fine-tune as the configuration says; returns what `summary.json` holds."""
+    """Fine-tune as the configuration says; returns what `summary.json` holds.
+
+    With `packing`, a row of a training batch is `cutoff_len` tokens of whole examples.
+    """
 
     def build(model: nn.Module, args: TrainingArguments, *, processing_class: Any, **common: Any) -> SFTTrainer:
+        if config.packing:
+            common["train_dataset"] = PackedDataset(common["train_dataset"], config.cutoff_len, seed=config.seed)
         collator = Collator(processing_class.pad_token_id, packing=config.packing)
         return SFTTrainer(model, args, processing_class=processing_class, data_collator=collator, **common)
 

@@ -13,3 +13,9 @@ class SFTConfig(TrainerConfig):
 
     stage: str = "sft"
     train_on_prompt: bool = False  # score the prompt's tokens as well
+    mask_history: bool = False  # score the last assistant turn only
+
+    def validate(self) -> None:
+        super().validate()
+        if self.train_on_prompt and self.mask_history:
+            raise ValueError("train_on_prompt and mask_history are both true; choose one")

@@ -18,11 +18,12 @@ from .base import FusedTrainer
 from .callbacks import QuietProgress, RunLogCallback
 from .config import TrainerConfig
 from .data import check_vocabulary, tokenize_sft
+from .dataset_info import load_rows
 from .hf_utils import load_tokenizer, resume_path, vocabulary_size
 from .lora import optimizer_groups
 from .packing import check_packing
 from .pairs import tokenize_kto, tokenize_pairs
-from .readers import Rows, read_rows
+from .readers import Rows
 from .run_log import RunLog, peak_memory_mb, write_atomic
 
 
@@ -107,7 +108,7 @@ def load_data(config: TrainerConfig, tokenizer: Any, *, quiet: bool = False) -> 
     """((training set, its rows), (evaluation set, its rows)); the latter are None without an evaluation set."""
 
     def load(key: str) -> Loaded:
-        rows = read_rows(config.dataset_paths(key), limit=config.max_samples)
+        rows = load_rows(config, key)
         dataset = tokenize(config, rows, tokenizer)
         if not (quiet or config.disable_tqdm):
             print(f"{key}: {dataset.stats}", file=sys.stderr)  # for people, off the output of programs
@@ -129,7 +130,8 @@ def tokenize(config: TrainerConfig, rows: Rows, tokenizer: Any) -> Any:
     """The rows as what the stage trains on: examples, pairs or judged answers."""
     limits = dict(max_length=config.cutoff_len, overlong_prompt=config.overlong_prompt)
     if config.stage == "sft":
-        return tokenize_sft(rows, tokenizer, train_on_prompt=config.train_on_prompt, **limits)
+        limits |= dict(train_on_prompt=config.train_on_prompt, mask_history=config.mask_history)
+        return tokenize_sft(rows, tokenizer, **limits)
     return (tokenize_kto if config.stage == "kto" else tokenize_pairs)(rows, tokenizer, **limits)
 
 
