@@ -337,6 +337,62 @@ def test_adapters_are_merged_on_the_way_and_stay_as_they_are(served, tmp_path):
         check_recorded(model, RAGGED, 2, rollout)
 
 
+def test_a_run_samples_from_the_weights_that_it_trains(served, tmp_path):
+    """GRPO over the server: at every step its log-probabilities are the trainer's; with old weights they are not."""
+    pytest.importorskip("accelerate")
+    from rlhf_fast.cli.demos.task import make_model, make_tokenizer
+    from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer
+
+    tokenizer = make_tokenizer()
+    config = GRPOConfig(
+        output_dir=str(tmp_path), sampler="server", rollout_server_url=served.url, rollout_server_timeout=20,
+        rollout_server_update_url="/update_weights_from_disk", temperature=0.8, num_generations=4, cutoff_len=32,
+        max_completion_length=5, per_device_train_batch_size=8, learning_rate=1e-2, max_steps=3, logging_steps=1,
+        use_cpu=True, plot_loss=False, disable_tqdm=True, report_to="none", seed=1,
+    )  # fmt: skip
+    rows = [{"prompt": text} for text in ("12>", "321>", "4>")]
+    trainer = GRPOTrainer(make_model(0, tokenizer), tokenizer, rows, lambda completion_ids, **_: [
+        float(sum(t % 2 for t in ids)) for ids in completion_ids
+    ], config)  # fmt: skip
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight, before)
+    log = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    gaps = [row["sampler_logprob_gap_max"] for row in log if "sampler_logprob_gap_max" in row]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4  # fp32 rounding of two forwards
+    assert [p.name for p in (tmp_path / "server_weights").iterdir()] == ["weights-3"]
+
+
+def test_options_of_a_run_are_checked():
+    from rlhf_fast.trainers.rollout_config import RolloutConfig
+
+    def config(**options):
+        return RolloutConfig(stage="grpo", **options)
+
+    with pytest.raises(ValueError, match="go together, got sampler='server', rollout_server_url=None"):
+        config(sampler="server")
+    with pytest.raises(ValueError, match="go together, got sampler='group', rollout_server_url='http://a'"):
+        config(rollout_server_url="http://a")
+    with pytest.raises(ValueError, match="sampler must be one of group, generate, continuous, server, got 'vllm'"):
+        config(sampler="vllm")
+    for name in ("max_turns", "rollout_server_attempts", "max_turn_length", "rollout_batch_size", "temperature"):
+        with pytest.raises(ValueError, match=f"{name} must be .* got 0"):
+            config(**{name: 0})
+    assert config().sampler_options() == {}
+    assert config(max_turn_length=7).turn_length == 7
+    assert config(max_turn_length=7, max_completion_length=5).turn_length == 5
+    options = config(sampler="server", rollout_server_url="http://a", rollout_server_model="m").sampler_options()
+    assert options == {"options": ServerOptions("http://a", model="m")}
+    update = dict(rollout_server_update_url="/new", rollout_server_update_body={"method": "reload", "at": "{path}"})
+    sync = config(sampler="server", rollout_server_url="http://a", output_dir="out", **update).sampler_options()["sync"]
+    assert (sync.folder, sync.url, sync.body) == (
+        Path("out/server_weights"),
+        "/new",
+        {"method": "reload", "at": "{path}"},
+    )
+
+
 def test_fingerprint_sees_one_bit():
     model = tiny().to(torch.bfloat16)
     before = fingerprint(model)
