@@ -26,7 +26,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from rlhf_fast.trainers.rollout_cache import expand_cache
 
 
 @dataclass(frozen=True)
@@ -135,48 +136,6 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids.to(device), torch.tensor([len(p) for p in prompts], device=device)
 
 
-class _RoomyLayer(DynamicLayer):
-    """A full-attention cache layer, repeated for the group, with room for the tokens to come."""
-
-    def __init__(self, layer: DynamicLayer, repeats: int, room: int):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.key_room = self._reserve(layer.keys, repeats, room)
-        self.value_room = self._reserve(layer.values, repeats, room)
-        self._view(layer.keys.shape[2])
-
-    @staticmethod
-    def _reserve(states: Tensor, repeats: int, room: int) -> Tensor:
-        rows, heads, length, width = states.shape
-        out = states.new_empty(rows, repeats, heads, length + room, width)
-        out[:, :, :, :length] = states[:, None]
-        return out.flatten(0, 1)
-
-    def _view(self, length: int) -> None:
-        self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        self.key_room[:, :, start:end] = key_states
-        self.value_room[:, :, start:end] = value_states
-        self._view(end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.keys.shape[2]
-        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
-        self._view(length)
-
-
-def _expand(cache: DynamicCache, repeats: int, room: int) -> None:
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[i] = _RoomyLayer(layer, repeats, room)
-        elif repeats > 1:
-            layer.batch_repeat_interleave(repeats)
-
-
 def flat_rollout(ids: Tensor, logprob: Tensor, lengths: Tensor, stopped: Tensor, settings: SamplerSettings) -> Rollout:
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
@@ -242,7 +201,7 @@ class GroupSampler:
         logits = self._forward(ids, mask, positions, cache, **self._prefill_args)
         repeats, room = (group_size if shared else 1), self.settings.max_new_tokens
         try:
-            _expand(cache, repeats, room)
+            expand_cache(cache, repeats, room)
         except (AttributeError, NotImplementedError):
             warnings.warn(
                 f"{type(self.model).__name__}'s cache cannot be repeated for a group: each prompt is prefilled "

@@ -1,0 +1,53 @@
+"""The cache of a group: prompts prefilled once, room for what is decoded reserved once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """A full-attention cache layer, repeated for the group, with room for the tokens to come."""
+
+    def __init__(self, layer: DynamicLayer, repeats: int, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.key_room = self._reserve(layer.keys, repeats, room)
+        self.value_room = self._reserve(layer.values, repeats, room)
+        self._view(layer.keys.shape[2])
+
+    @staticmethod
+    def _reserve(states: Tensor, repeats: int, room: int) -> Tensor:
+        rows, heads, length, width = states.shape
+        out = states.new_empty(rows, repeats, heads, length + room, width)
+        out[:, :, :, :length] = states[:, None]
+        return out.flatten(0, 1)
+
+    def _view(self, length: int) -> None:
+        self.keys, self.values = self.key_room[:, :, :length], self.value_room[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        self.key_room[:, :, start:end] = key_states
+        self.value_room[:, :, start:end] = value_states
+        self._view(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.keys.shape[2]
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self._view(length)
+
+
+def expand_cache(cache: DynamicCache, repeats: int, room: int) -> None:
+    """Repeat a prefilled cache for the group, with room for `room` tokens where its layers hold all of them.
+
+    Raises: AttributeError or NotImplementedError from a layer that cannot be repeated.
+    """
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = RoomyLayer(layer, repeats, room)
+        elif repeats > 1:
+            layer.batch_repeat_interleave(repeats)
