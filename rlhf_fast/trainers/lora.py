@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def train_in_fp32(model: nn.Module, config: RunConfig) -> None:
 
 def add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
     """The model with a new trainable low-rank adapter."""
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType
 
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     targets, extra = (
@@ -75,16 +76,24 @@ def add_lora(model: nn.Module, config: RunConfig) -> nn.Module:
         use_dora=config.use_dora,
         ensure_weight_tying=tied and bool({_head_name(model), _embedding_name(model)} & set(extra)),
     )
-    return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
+    return _attach(model, lora, config)
 
 
 def adapter_like(model: nn.Module, folder: str | Path, config: RunConfig) -> nn.Module:
     """The model with a new adapter of the kind that a folder holds, without its weights."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     kind = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
     kind.inference_mode = False
-    return get_peft_model(model, kind, autocast_adapter_dtype=not config.pure_bf16)
+    return _attach(model, kind, config)
+
+
+def _attach(model: nn.Module, kind: Any, config: RunConfig) -> nn.Module:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT's own call
+        return get_peft_model(model, kind, autocast_adapter_dtype=not config.pure_bf16)
 
 
 def base_of(folder: str | Path) -> str:
@@ -125,7 +134,9 @@ def _continue_adapter(model: nn.Module, folder: str, config: RunConfig) -> nn.Mo
 
 def _read_adapter(peft_class: Any, model: nn.Module, folder: str | Path, **options: Any) -> nn.Module:
     try:
-        return peft_class.from_pretrained(model, str(Path(folder).expanduser()), **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            return peft_class.from_pretrained(model, str(Path(folder).expanduser()), **options)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the adapter in {folder} does not fit the model: {first}") from error
