@@ -16,14 +16,15 @@ from rlhf_fast.integrations._patching import PatchError  # noqa: E402
 
 MODULES = (
     *("verl.trainer.ppo.core_algos", "verl.utils.experimental.torch_functional"),
-    *("verl.utils.kernel.linear_cross_entropy", "verl.workers.config"),
+    *("verl.utils.kernel.linear_cross_entropy", "verl.workers.config", "verl.models.transformers.dense_common"),
 )
+NAMES = ("core", "torch", "kernel", "config", "models")
 
 
 @pytest.fixture(scope="module")
 def verl():
     with host("verl", MODULES, ("ray", "tensordict", "omegaconf", "codetiming", "orjson")) as found:
-        yield SimpleNamespace(**dict(zip(("core", "torch", "kernel", "config"), found, strict=True)))
+        yield SimpleNamespace(**dict(zip(NAMES, found, strict=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +212,36 @@ def test_fused_linear_for_ppo(verl, shape, dtype):
             size = want.abs().max()
             assert (a - want).abs().max() <= (b - want).abs().max() + 4 * floor * size
     assert len({x.shape for x in results[0]} & {torch.Size(shape)}) == 1
+
+
+def test_a_step_of_verls_model_forward_and_loss(verl):
+    """The forward of a model with fused kernels, both backends, and the "vanilla" loss: the model's gradients."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=1))
+    ids, mask = torch.randint(0, 31, (3, 10)), torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    old, advantages = -torch.rand(3, 6) * 4, torch.randn(3, 6)
+
+    def step(backend, loss_mode):
+        model.zero_grad()
+        out = getattr(verl.models, f"forward_with_{backend}_backend")(
+            model, input_ids=ids, temperature=0.8, return_dict=True
+        )
+        logprob, entropy = (x.reshape(3, 10)[:, 3:9] for x in (out.log_probs, out.entropy))
+        loss, _ = verl.core.get_policy_loss_fn(loss_mode)(old, logprob, advantages, mask, config=config_of(verl))
+        (loss - 0.01 * verl.core.agg_loss(entropy, mask, "token-mean")).backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = step("torch", "vanilla")
+    with ours.patch():
+        for backend in ("torch", "triton"):  # verl's triton backend runs on a GPU only, ours everywhere
+            my_loss, mine = step(backend, "rlhf_fast_ppo")
+            torch.testing.assert_close(my_loss, loss, rtol=2e-6, atol=2e-6)
+            assert mine.keys() == gradients.keys()
+            for name, gradient in gradients.items():  # fp32, the same sums in another order
+                torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_kernels_signature(verl, monkeypatch):
