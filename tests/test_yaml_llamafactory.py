@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import yaml
@@ -313,3 +314,38 @@ def test_nested_overrides():
 def test_every_field_survives_yaml(place):
     config = place(COMMON, stage="sft")
     assert make_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+# ---- run
+
+
+def test_both_run_as_they_stand(tmp_path, monkeypatch):
+    """The reward model's YAML, and PPO's with that reward model, on a model of two layers."""
+    pytest.importorskip("peft")
+    from test_data import word_tokenizer
+    from test_sft import tiny_model
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_fast.trainers.config import run
+
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    word_tokenizer().save_pretrained("model")
+    (tmp_path / "data").mkdir()
+    pairs = [{"instruction": "a b c", "input": "", "chosen": "c b a", "rejected": "a a"} for _ in range(8)]
+    prompts = [{"instruction": "a b", "input": "", "output": ""} for _ in range(8)]
+    for name, rows in (("pairs", pairs), ("prompts", prompts)):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(rows))
+    registry = {"my_preference_data": {"file_name": "pairs.json", "ranking": True}}
+    registry["my_ppo_prompts"] = {"file_name": "prompts.json"}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(registry))
+
+    fast = ["use_cpu=true", "disable_tqdm=true", "plot_loss=false"]
+    for text, more in ((REWARD, ["max_steps=2"]), (PPO, ["max_steps=1", "max_completion_length=4"])):
+        (tmp_path / "run.yaml").write_text(text.format(model="model"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # three of the template's marks are no tokens of this tokenizer
+            summary = run(load_config("run.yaml", [*fast, *more]))
+        assert summary["steps"] == int(more[0][-1])
+    AutoModelForCausalLM.from_pretrained("saves/lora/ppo")
+    assert (tmp_path / "saves/lora/reward/adapter_config.json").is_file()
