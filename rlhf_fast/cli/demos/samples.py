@@ -11,6 +11,7 @@ from . import task
 
 PER_PROMPT = 8  # samples of each prompt
 BATCH = 512  # prompts sampled at once
+CHARACTERS = {token for token in task.TOKENS if len(token) == 1}
 
 
 class Judged(NamedTuple):
@@ -24,7 +25,8 @@ class Judged(NamedTuple):
 def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, skip: int = 0) -> list[Judged]:
     """Sample the model in `folder` on rows skip, skip + 1, ... of `data`; `count` None: all of them.
 
-    A completion cut at the limit is left out: as an answer it would be read as one that ended there.
+    A completion cut at the limit is left out: as an answer it would be read as one that ended there. So is one with a
+    special token inside, which is no text.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +48,7 @@ def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, ski
         good = exact_match(texts, wanted, rollout.finish)
         for k, row in enumerate(part):
             group = range(k * PER_PROMPT, (k + 1) * PER_PROMPT)
-            done = [j for j in group if rollout.finish[j] == "stop"]
+            done = [j for j in group if rollout.finish[j] == "stop" and set(texts[j]) <= CHARACTERS]
             right, wrong = ([texts[j] for j in done if bool(good[j]) == side] for side in (True, False))
             found.append(Judged(row["prompt"], right, wrong))
     return found
