@@ -66,14 +66,60 @@ def test_train_as_a_process(config):
     assert str(config.parent / "out") in out.stdout.replace("\n", "")
 
 
-def test_dry_run_prints_config_and_counts_and_writes_nothing(config):
+def test_dry_run_prints_config_counts_and_memory_and_writes_nothing(config):
     result = invoke("train", config, "--dry-run", "val_size=4", "per_device_train_batch_size=5", "max_steps=-1")
     assert result.exit_code == 0, result.output
-    shown = yaml.safe_load(result.output)
+    text, _, table = result.output.partition("predicted peak memory")
+    shown = yaml.safe_load(text)
     assert (shown["stage"], shown["val_size"], shown["learning_rate"]) == ("sft", 4.0, 1e-5)
-    assert "# train: 12 of 12 rows" in result.output
-    assert "# evaluation: 4 of 4 rows" in result.output
-    assert "# 3 steps" in result.output
+    assert "# train: 12 of 12 rows" in text
+    assert "# evaluation: 4 of 4 rows" in text
+    assert "# 3 steps" in text
+    for part in ("weights", "optimizer states", "tile of logits", "gradient_checkpointing"):
+        assert part in table
+    assert not (config.parent / "out").exists()
+
+
+ROWS = {
+    "rm": {"prompt": "a b", "chosen": "c", "rejected": "d e"},
+    "dpo": {"prompt": "a b", "chosen": "c", "rejected": "d e"},
+    "kto": {"prompt": "a b", "completion": "c", "label": True},
+    "grpo": {"prompt": "a b c", "answer": "c"},
+    "ppo": {"prompt": "a b c", "answer": "c"},
+}
+# 6 rows: tokens with EOS, and steps of 2 rows (rollouts of 2 sequences)
+COUNTS = {"rm": (6 * (3 + 1 + 3 + 2), 3), "dpo": (6 * 9, 3), "kto": (6 * 4, 3), "grpo": (6 * 3, 6), "ppo": (6 * 3, 3)}
+
+
+@pytest.mark.parametrize("stage", list(ROWS))
+def test_dry_run_of_every_stage(config, stage):
+    (config.parent / "train.jsonl").write_text((json.dumps(ROWS[stage]) + "\n") * 6)
+    values = [f"stage={stage}", "per_device_train_batch_size=2", "max_steps=-1"]
+    if stage in ("grpo", "ppo"):
+        values += ["reward_funcs=x:y", "max_completion_length=8"]
+    if stage == "grpo":
+        values += ["num_generations=2"]
+    result = invoke("train", config, "--dry-run", *values)
+    assert result.exit_code == 0, result.output
+    tokens, steps = COUNTS[stage]
+    assert f"{tokens} tokens" in result.output
+    assert f"# {steps} steps" in result.output
+    assert "predicted peak memory" in result.output
+
+
+def test_plan_as_table_and_as_json(config):
+    table = invoke("plan", config, "max_steps=1")
+    assert table.exit_code == 0, table.output
+    assert "during backward" in table.output
+    assert "<- peak" in table.output
+    told = json.loads(invoke("plan", config, "--json", "--processes", "2").output)
+    assert told["peak"] == sum(told["resident"].values()) + sum(told["phases"][told["largest_phase"]].values())
+    assert (told["processes"], told["device"]) == (2, "cpu")
+    error = invoke("plan", config, "lora_rnk=3")
+    assert (error.exit_code, error.stderr) == (
+        2,
+        f"error: {config}: unknown key 'lora_rnk'; did you mean 'lora_rank'?\n",
+    )
     assert not (config.parent / "out").exists()
 
 
