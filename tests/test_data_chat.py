@@ -6,6 +6,7 @@ import pytest
 from test_data import CHAT_TEMPLATE, encode, ids_of, marked, word_tokenizer
 
 from rlhf_fast.trainers.data import tokenize_prompts, tokenize_sft
+from rlhf_fast.trainers.pairs import tokenize_pairs
 from rlhf_fast.trainers.readers import Rows
 
 pytest.importorskip("transformers")
@@ -31,7 +32,7 @@ TOOLS = (
 def turns(text):
     """u a / a b: a user turn "a", then an assistant turn "b"."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
-    parts = [part.strip().split(" ", 1) for part in text.split("/")]
+    parts = [part.split(" ", 1) for part in text.split(" / ")]
     return [{"role": roles[role], "content": content} for role, content in parts]
 
 
@@ -58,6 +59,48 @@ def test_a_template_without_any_cut_is_an_error():
     )
     with pytest.raises(ValueError, match=r"row 1: the chat template rewrites what comes before turn 2.*generation"):
         encode({"messages": turns("u a / a b")}, word_tokenizer(template=template))
+
+
+# EOS stands only where a conversation ends, as Phi-3's does.
+ENDING = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} nl {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% else %}</s>{% endif %}"
+)
+# The prompt opens a thought (here with nl), as DeepSeek-R1's does; what comes before a </s> in an answer is dropped.
+OPENING = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'].split('</s> ')[-1] }}"
+    "{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> nl {% endif %}"
+)
+
+
+def test_eos_only_at_the_end_of_a_conversation():
+    data = encode({"messages": turns("u a / a b / u c / a d")}, word_tokenizer(template=ENDING))
+    assert marked(data) == "<|user|> a nl <|assistant|> b* nl* <|user|> c nl <|assistant|> d* nl* </s>*"
+    assert data.stats.last_turn_only == 0
+
+
+def test_a_header_that_opens_a_thought():
+    tokenizer = word_tokenizer(template=OPENING)
+    talk = turns("u a / a b / u c / a nl d")  # the second answer goes on as the prompt began, the first does not
+    data = encode({"messages": talk}, tokenizer)
+    assert marked(data) == "<|user|> a <|assistant|> b* </s>* <|user|> c <|assistant|> nl d* </s>*"
+    with pytest.raises(
+        ValueError, match="row 1: the chat template rewrites what comes before turn 2 or drops part of it"
+    ):
+        encode({"messages": turns("u a / a b </s> c")}, tokenizer)
+
+
+def test_a_pair_of_which_one_answer_goes_on_with_the_header():
+    row = {"prompt": turns("u a"), "chosen": "nl b", "rejected": "c"}
+    for sides in (("chosen", "rejected"), ("rejected", "chosen")):
+        swapped = {"prompt": row["prompt"], "chosen": row[sides[0]], "rejected": row[sides[1]]}
+        data = tokenize_pairs(Rows.from_list([swapped]), word_tokenizer(template=OPENING), max_length=99)
+        got = {sides[0]: marked(data.chosen), sides[1]: marked(data.rejected)}
+        assert got == {
+            "chosen": "<|user|> a <|assistant|> nl b* </s>*",
+            "rejected": "<|user|> a <|assistant|> c* </s>*",
+        }
 
 
 def test_mask_history():

@@ -1,13 +1,14 @@
 """Conversations to text: messages of every dialect, the tokenizer's chat template, and which text is scored.
 
 The template's text is cut where an assistant turn begins: after the header that `add_generation_prompt` writes. A
-template that rewrites earlier turns (Qwen3 takes their thoughts out) has no such cuts but for the last turn; it may
-mark its assistant text with {% generation %}, which is then believed.
+template that rewrites earlier turns (Qwen3 takes their thoughts out) has no such cuts but for the last turn: then its
+own {% generation %} marks tell what is scored, or else only the last turn is.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,17 +88,19 @@ def chat_segments(chat: Chat, tokenizer: Any, *, last_only: bool = False) -> tup
     scored = [k for k, turn in enumerate(chat.turns) if turn["role"] == "assistant" and k >= chat.answers_from]
     if not scored:
         raise ValueError(f"{chat.where}: no assistant turn to learn from")
-    if not last_only and chat.answers_from == 0 and len(scored) > 1 and _marks_generation(tokenizer):
-        return _marked_segments(chat, tokenizer), False
     segments = _cut(chat, tokenizer, scored[-1:] if last_only else scored)
     if segments is not None:
         return segments, False
-    segments = _cut(chat, tokenizer, scored[-1:]) if chat.answers_from == 0 and len(scored) > 1 else None
-    if segments is not None:
-        return segments, True
+    if chat.answers_from == 0 and not last_only:
+        if _marks_generation(tokenizer):
+            return _marked_segments(chat, tokenizer), False
+        segments = _cut(chat, tokenizer, scored[-1:]) if len(scored) > 1 else None
+        if segments is not None:
+            return segments, True
     raise ValueError(
-        f"{chat.where}: the chat template rewrites what comes before turn {scored[-1] + 1}, which so cannot be scored "
-        "apart; mark assistant text with {% generation %} in the template, or give one row for each assistant turn"
+        f"{chat.where}: the chat template rewrites what comes before turn {scored[-1] + 1} or drops part of it, which "
+        "so cannot be scored apart; mark assistant text with {% generation %} in the template, or give one row for "
+        "each assistant turn"
     )
 
 
@@ -108,11 +111,30 @@ def _cut(chat: Chat, tokenizer: Any, scored: list[int]) -> list[Segment] | None:
     for k in scored:
         before = chat.render(tokenizer, k, prompt=True) if k else ""
         after = chat.render(tokenizer, k + 1)
-        if not (before.startswith(done) and after.startswith(before)):
+        if not before.startswith(done) and done.endswith(tokenizer.eos_token):  # EOS only where a conversation ends
+            done = done.removesuffix(tokenizer.eos_token)
+            segments[-1] = segments[-1]._replace(text=segments[-1].text.removesuffix(tokenizer.eos_token))
+        if not after.startswith(before):
+            before = _shared_header(chat, k, before, after, tokenizer)
+        if before is None or not before.startswith(done):
             return None
         segments += [Segment(before[len(done) :], False, True), Segment(after[len(before) :], True, True)]
         done = after
     return segments
+
+
+def _shared_header(chat: Chat, k: int, before: str, after: str, tokenizer: Any) -> str | None:
+    """What the prompt of turn k and its text have in common, up to a whole token of the header.
+
+    A header may open a thought that the answer does not have. A template that drops part of the answer is refused.
+    """
+    base = chat.render(tokenizer, k)
+    shared = len(os.path.commonprefix([before, after])) - len(base)
+    if not tokenizer.is_fast or shared <= 0 or chat.turns[k]["content"].strip() not in after[len(base) :]:
+        return None
+    tokens = tokenizer(before[len(base) :], add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in tokens["offset_mapping"] if end <= shared]
+    return before[: len(base) + max(ends)] if ends else None
 
 
 def _marks_generation(tokenizer: Any) -> bool:

@@ -93,8 +93,12 @@ def pair(row: Row, where: str, tokenizer: Any) -> Pair:
     if context is None:
         context, chosen, rejected = _common_prefix(chosen, rejected, where)
     tools = _tools(row, where)
-    (before, *chosen), (_, *rejected) = (_answered(context, a, where, tokenizer, tools) for a in (chosen, rejected))
-    return Pair([before], chosen, rejected, _margin(row, where))
+    sides = [_answered(context, a, where, tokenizer, tools) for a in (chosen, rejected)]
+    shared = min((side[0] for side in sides), key=lambda segment: len(segment.text))
+    for side in sides:  # of a header that only one of the answers continues, the rest goes with that answer
+        rest = side[0].text[len(shared.text) :]
+        side[:1] = [shared._replace(text=rest)] if rest else []
+    return Pair([shared], *sides, _margin(row, where))
 
 
 def judged(row: Row, where: str, tokenizer: Any) -> list[tuple[list[Segment], bool]]:
