@@ -1,9 +1,14 @@
 """The fused head inside real architectures, against the unfused model."""
 
 import copy
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
 
 transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -37,6 +42,12 @@ FAMILIES = {
     "FalconH1Config": TINY | {"lm_head_multiplier": 0.5, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "PhiConfig": TINY,
     "OlmoConfig": TINY,
+    "Cohere2Config": TINY | {"logit_scale": 0.3},
+    "HyperCLOVAXConfig": TINY | {"logits_scaling": 3.0},  # the key that Granite divides by
+    "MiniCPM3Config": TINY
+    | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    | {"dim_model_base": 16},
+    "MixtralConfig": TINY | dict(num_local_experts=4, num_experts_per_tok=2),
     "GPTNeoXConfig": SMALL_GPT | {"intermediate_size": 48},
     "OPTConfig": SMALL_GPT | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "GPT2Config": dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=1),
@@ -46,7 +57,8 @@ FAMILIES = {
 def build(family: str, dtype=torch.float64, **options):
     torch.manual_seed(0)
     config = getattr(transformers, family)(**FAMILIES[family] | options)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    experts = {"experts_implementation": "eager"} if family == "MixtralConfig" else {}  # the others know no fp64
+    return AutoModelForCausalLM.from_config(config, **experts).to(dtype).eval()
 
 
 def tokens():
@@ -119,12 +131,31 @@ def test_a_copy_is_fused_and_independent():
     assert not torch.allclose(a, b)
 
 
-def test_generate_is_unchanged():
-    model = build("Qwen2Config", torch.float32)
+@pytest.mark.parametrize("family", ["LlamaConfig", "Gemma2Config", "GraniteConfig", "CohereConfig"])
+def test_tied_embeddings_get_one_gradient_from_both_ends(family):
+    model = build(family, tie_word_embeddings=True)
+    ids, mask, targets = tokens()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    (want,) = torch.autograd.grad(reference.logprob_from_logits(logits, targets).logprob.sum(), model.lm_head.weight)
+    out = fuse_lm_head(model)(
+        input_ids=ids, attention_mask=mask, target_ids=targets, loss_fn=lambda logprob, entropy, batch: logprob.sum()
+    )
+    out.loss.backward()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(model.lm_head.weight.grad, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("family", ["Qwen2Config", "Gemma2Config", "CohereConfig", "FalconH1Config"])
+def test_generate_is_unchanged(family, sample):
+    model = build(family, torch.float32)
     ids = torch.randint(3, 97, (2, 4))
-    options = dict(max_new_tokens=5, do_sample=False)
-    before = model.generate(ids, **options)
-    assert torch.equal(fuse_lm_head(model).generate(ids, **options), before)
+    options = dict(max_new_tokens=5, do_sample=sample)
+    outs = []
+    for fused in (model, fuse_lm_head(model)):
+        torch.manual_seed(1)
+        outs.append(fused.generate(ids, **options))
+    assert torch.equal(*outs)
 
 
 def test_dropout_draws_the_same_numbers_on_the_first_fused_call():
@@ -137,12 +168,14 @@ def test_dropout_draws_the_same_numbers_on_the_first_fused_call():
     assert torch.equal(*values)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     grads = []
     for checkpointing in (False, True):
         model = fuse_lm_head(build("Qwen2Config")).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         ids, mask, targets = tokens()
         torch.manual_seed(1)
         ids = torch.randint(3, 97, ids.shape)
@@ -150,6 +183,55 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         grads.append(gradients(model))
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_the_whole_model_recomputed():
+    """Non-reentrant checkpointing around the model's call runs the fused head once more."""
+    model = fuse_lm_head(build("Qwen2Config"))
+    ids, mask, targets = tokens()
+    call = lambda: model(input_ids=ids, attention_mask=mask, target_ids=targets, entropy=True)[:2]  # noqa: E731
+    grads = []
+    for run in (call, lambda: torch.utils.checkpoint.checkpoint(call, use_reentrant=False)):
+        model.zero_grad()
+        logprob, entropy = run()
+        (logprob.sum() + entropy.square().sum()).backward()
+        grads.append(gradients(model))
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("hooks_first", [False, True])
+def test_device_map(hooks_first):
+    """accelerate's hooks: weights on the CPU are brought in for each module's call alone, and go again."""
+    accelerate = pytest.importorskip("accelerate")
+    plain, model = build("LlamaConfig"), build("LlamaConfig")
+    ids, mask, targets = tokens()
+    want = fuse_lm_head(plain)(input_ids=ids, attention_mask=mask, target_ids=targets).logprob.detach()
+    if not hooks_first:
+        fuse_lm_head(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    fuse_lm_head(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob, want)
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(reference.logprob_from_logits(logits, targets).logprob, want)
+        if hooks_first:
+            unfuse_lm_head(model)
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, logits)
+
+
+def test_device_map_of_one_device_trains(tmp_path):
+    build("LlamaConfig").save_pretrained(tmp_path)
+    grads = []
+    for options in ({}, {"device_map": {"": "cpu"}}):
+        model = fuse_lm_head(AutoModelForCausalLM.from_pretrained(tmp_path, **options))
+        torch.manual_seed(1)
+        ids, mask, targets = tokens()
+        model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob.sum().backward()
+        grads.append(gradients(model))
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad)
 
 
 def test_peft_adapters_off_the_head():
@@ -186,14 +268,45 @@ def test_peft_lora_on_the_head(family):
     assert not torch.allclose(off, got)
 
 
-@pytest.mark.parametrize("options", [dict(use_dora=True), dict(lora_dropout=0.5)], ids=str)
+@pytest.mark.parametrize("options", [dict(use_dora=True), dict(lora_dropout=0.5), "IA3Config", "two"], ids=str)
 def test_other_adapters_on_the_head_are_refused(options):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["lm_head"], r=2, **options)
-    model = peft.get_peft_model(build("LlamaConfig"), lora).train()
+    if options == "IA3Config":
+        config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM")
+    else:
+        config = peft.LoraConfig(target_modules=["lm_head"], r=2, **(options if isinstance(options, dict) else {}))
+    model = peft.get_peft_model(build("LlamaConfig"), config).train()
+    if options == "two":
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
     ids, mask, targets = tokens()
     with pytest.raises(ValueError, match="one plain LoRA adapter without dropout"):
         fuse_lm_head(model)(input_ids=ids, attention_mask=mask, target_ids=targets)
+
+
+def test_peft_trains_a_copy_of_the_head():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(build("LlamaConfig"), lora).double()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)  # the copy has moved away from the original
+    ids, mask, targets = tokens()
+    want = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    want.sum().backward()
+    expected = gradients(model)
+    assert any("lm_head.modules_to_save" in name for name in expected)
+    model.zero_grad()
+    got = fuse_lm_head(model)(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
+    got.sum().backward()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    actual = gradients(model)
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-11, msg=name)
+    with model.disable_adapter(), torch.no_grad():
+        off = model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
+        plain = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-10)
 
 
 def test_an_unknown_transformation_is_refused():
@@ -216,3 +329,66 @@ def test_bad_calls():
     with pytest.raises(TypeError, match="no linear output head"):
         fuse_lm_head(torch.nn.Linear(2, 2))
     assert model(input_ids=ids, attention_mask=mask).logits.shape == (3, 9, 97)  # an error leaves no request behind
+
+
+# ---- FSDP2, two gloo ranks ----
+
+
+def fsdp_rank(rank: int, folder: str) -> None:
+    """Every way to wrap the head, log-probs and loss, against the whole model; what was wrong goes to a file."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timeout)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(5)
+    ids, mask, targets = tokens()
+    whole = build("LlamaConfig")
+    want = reference.logprob_from_logits(whole(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    want.sum().backward()
+    expected, wrong = gradients(whole), []
+    for wrapped in ("with the root", "kept", "by itself"):
+        model = build("LlamaConfig")
+        if wrapped == "kept":
+            fuse_lm_head(model)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if wrapped != "with the root":
+            fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=wrapped == "by itself")
+        fully_shard(model, mesh=mesh)
+        fuse_lm_head(model)
+        for loss_fn in (None, lambda logprob, entropy, batch: logprob.sum()):
+            out = model(input_ids=ids, attention_mask=mask, target_ids=targets, loss_fn=loss_fn)
+            case = f"head {wrapped}, {'log-probs' if loss_fn is None else 'loss'}"
+            try:
+                (out.logprob.sum() if loss_fn is None else out.loss).backward()
+            except RuntimeError as error:
+                if wrapped != "by itself" or loss_fn is not None or "resharded after its forward" not in str(error):
+                    wrong.append(f"{case}: {error}")
+            else:
+                grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+                if wrapped == "by itself" and loss_fn is None:
+                    wrong.append(f"{case}: no error")
+                elif not (torch.allclose(out.logprob, want) and grads.keys() == expected.keys()):
+                    wrong.append(f"{case}: values")
+                elif not all(torch.allclose(grads[name], grad) for name, grad in expected.items()):
+                    wrong.append(f"{case}: gradients")
+            model.zero_grad()
+    Path(folder, f"{rank}.txt").write_text("\n".join(wrong))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+def test_fsdp2(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=fsdp_rank, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["", ""]

@@ -24,10 +24,11 @@ from rlhf_fast.types import FusedLoss, LogProb
 PROBE = (0.5, -2.0, 8.0, 60.0)
 """Logits handed to the model in a fused call; their images tell scale and soft cap."""
 
-SCALES = {  # config key -> factor on the raw logits
-    "logit_scale": lambda value: value,  # Cohere
-    "logits_scaling": lambda value: 1 / value,  # Granite
-    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+SCALES = {  # config key -> the factors on the raw logits that it may stand for
+    "logit_scale": lambda value: (value,),  # Cohere
+    "logits_scaling": lambda value: (1 / value, value),  # Granite; HyperCLOVA X
+    "lm_head_multiplier": lambda value: (value,),  # Falcon-H1
+    "output_multiplier": lambda value: (value,),  # Muse
 }
 SOFTCAP = "final_logit_softcapping"  # Gemma
 
@@ -47,7 +48,7 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
         return_hidden: give (result, hidden), with the hidden states (B, T, D) that the head saw: what a value head on
             the same trunk takes, in the same forward and backward.
     Args:
-        model: a transformers causal LM, or a PEFT model around one.
+        model: a transformers causal LM, or a PEFT model around one. Before or after FSDP2, DDP and `device_map`.
     Raises: TypeError if the model has no linear output head; ValueError in the fused call if the model transforms its
         logits in a way that its config does not explain, or carries an adapter on the head other than one plain LoRA.
     Example:
@@ -62,10 +63,11 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
     if hasattr(base, "_unfused_forward"):
         return model
     head = _head(base)
-    base._unfused_forward, head._unfused_forward = base.forward, head.forward
+    slot = _slot(head)
+    base._unfused_forward, head._unfused_forward = base.forward, getattr(head, slot)
     wrapped = functools.wraps(type(base).forward)(_model_forward)
     base.forward = types.MethodType(wrapped, base)
-    head.forward = types.MethodType(_head_forward, head)
+    setattr(head, slot, types.MethodType(_head_forward, head))
     return model
 
 
@@ -73,9 +75,25 @@ def unfuse_lm_head(model: nn.Module) -> nn.Module:
     """Take `fuse_lm_head` back; returns the model."""
     base = _base(model)
     if hasattr(base, "_unfused_forward"):
-        for module in (_head(base), base):
-            del module.forward, module._unfused_forward
+        head = _head(base)
+        for module, slot in ((head, _slot(head)), (base, "forward")):
+            _restore(module, slot)
     return model
+
+
+def _slot(module: nn.Module) -> str:
+    """Where a module keeps its own forward: accelerate's hooks (`device_map`) put theirs in front, which move weights
+    and inputs to where they meet."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _restore(module: nn.Module, slot: str) -> None:
+    """Put the forward back that was there before."""
+    original = module.__dict__.pop("_unfused_forward")
+    if getattr(original, "__func__", None) is getattr(type(module), "forward", None) and slot == "forward":
+        del module.forward
+    else:
+        setattr(module, slot, original)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -128,7 +146,7 @@ def _model_forward(
         options |= dict(batch=batch, segments=segments)
     kwargs.setdefault("use_cache", False)
     if not hasattr(self, "_logit_transform"):
-        self._logit_transform = _probe(self)
+        self._logit_transform = _probe(self, target_ids.device)
     request = _Request(target_ids, loss_fn, options, self._logit_transform)
     _run(self, request, args, kwargs)
     return (request.result, request.hidden) if return_hidden else request.result
@@ -143,14 +161,39 @@ def _head_forward(self, hidden: Tensor) -> Tensor:
             want, got = _checks.shape_str(hidden.shape[:-1]), _checks.shape_str(request.target.shape)
             raise ValueError(f"target_ids must be (B, T)={want}, got {got}")
         linear, lora = head_parts(self)
-        options = request.options | request.transform | {"bias": getattr(linear, "bias", None), "lora": lora}
+        target, options = _to(request.target, hidden.device), _to(request.options, hidden.device)
+        options |= request.transform | {"bias": getattr(linear, "bias", None), "lora": lora}
         if request.loss_fn is None:
-            request.result = linear_logprob(hidden, linear.weight, request.target, **options)
+            request.result = linear_logprob(hidden, linear.weight, target, **options)
+            _expect_weight(linear, request.result.logprob)
         else:
-            request.result = fused_linear_loss(hidden, linear.weight, request.target, request.loss_fn, **options)
+            request.result = fused_linear_loss(hidden, linear.weight, target, request.loss_fn, **options)
     request.hidden = hidden
     probe = torch.tensor(PROBE, dtype=hidden.dtype, device=hidden.device)
     return probe.expand(*hidden.shape[:-1], len(PROBE))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors, in dicts too, where the head is: `device_map` may have it elsewhere than the inputs."""
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value.to(device) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _expect_weight(linear: nn.Module, logprob: Tensor) -> None:
+    """The backward of log-probs reads the head once more: an error if a wrapper has taken its memory back by then."""
+    if not logprob.requires_grad:
+        return
+    weight = linear.weight
+
+    def check(_: Tensor) -> None:
+        if weight.numel() and weight.untyped_storage().size() == 0:
+            raise RuntimeError(
+                "the head's weight was resharded after its forward, and its backward needs it: wrap the head with the "
+                "root (or reshard_after_forward=False), or give the loss as loss_fn, which needs it in the forward only"
+            )
+
+    logprob.register_hook(check)
 
 
 def head_parts(head: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
@@ -195,18 +238,18 @@ def _run(base: nn.Module, request: _Request, args: tuple, kwargs: dict) -> Any:
 
 
 @torch.no_grad()
-def _probe(base: nn.Module) -> dict[str, float | None]:
+def _probe(base: nn.Module, offloaded: torch.device) -> dict[str, float | None]:
     """Scale and soft cap between the head and the model's logits, read off the images of PROBE. Once per model."""
     device = base.get_input_embeddings().weight.device
+    device = offloaded if device.type == "meta" else device
     ids = torch.zeros((1, 1), dtype=torch.long, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         output = _run(base, _Request(None, None, {}, None), (), dict(input_ids=ids, use_cache=False))
     logits = output.logits if hasattr(output, "logits") else output[0]
     got = logits.reshape(-1, len(PROBE))[0].double().cpu()
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    scales = [1.0] + [
-        f(v) for key, f in SCALES.items() if isinstance(v := getattr(config, key, None), (int, float)) and v
-    ]
+    known = {key: value for key in SCALES if isinstance(value := getattr(config, key, None), (int, float)) and value}
+    scales = [1.0, *itertools.chain.from_iterable(SCALES[key](value) for key, value in known.items())]
     caps = [None] + ([cap] if (cap := getattr(config, SOFTCAP, None)) else [])
     x = torch.tensor(PROBE, dtype=torch.float64)
     tolerance = 4 * torch.finfo(base.dtype).eps
