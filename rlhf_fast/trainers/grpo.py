@@ -217,7 +217,7 @@ class GRPOTrainer(RLTrainer):
             return out.loss
 
         self.loop.update(minibatch.micros, loss_of)
-        kept = {name: self.over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
+        kept = self.over_processes(sums)
         self.loop.record(kept | {"no_gradient_steps": float(not minibatch.micros)})
         return kept
 

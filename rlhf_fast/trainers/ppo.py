@@ -334,7 +334,7 @@ class PPOTrainer(RLTrainer):
             return loss
 
         self.loop.update(micros, loss_of)
-        kept = {name: self.over_processes(name, value) for name, value in sums.items() if not name.startswith("rows_")}
+        kept = self.over_processes(sums)
         self.loop.record(kept)
         return float(kept.get("approx_kl", 0.0)) if self.config.early_stop_kl is not None else 0.0
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -178,12 +179,19 @@ class RLTrainer:
                 metrics[f"reward_{name}"] = column[column.isfinite()].mean()
         return {name: float(value) for name, value in metrics.items()}
 
-    def over_processes(self, name: str, value: Tensor) -> Tensor:
-        """A sum over the processes, or the extreme of a metric whose name says so."""
+    def over_processes(self, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Sums over the processes, extremes where the name says so, in one exchange.
+
+        A process on whose rows nothing is trained lacks the metrics of the loss.
+        """
+        kept = {name: value for name, value in metrics.items() if not name.startswith("rows_")}
         if self.accelerator.num_processes == 1:
-            return value
-        every = self.accelerator.gather(value.reshape(1).to(self.accelerator.device))
-        return every.max() if name.endswith("_max") else every.min() if name.endswith("_min") else every.sum()
+            return kept
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in kept.values()]).tolist() if kept else []
+        total: dict[str, Tensor] = {}
+        for mine in gather_object([dict(zip(kept, values, strict=True))]):
+            add_metrics(total, {name: torch.tensor(value, dtype=torch.float64) for name, value in mine.items()})
+        return total
 
     # ---- evaluation
 
