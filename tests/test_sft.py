@@ -12,7 +12,14 @@ pytest.importorskip("transformers")
 
 from test_data import word_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from rlhf_fast.losses.nll import NLL
 from rlhf_fast.ops.fused import fused_linear_loss
@@ -306,6 +313,52 @@ def test_nan_for_ever_ends_the_run(tmp_path):
     trainer.compute_loss = lambda *a, **k: step(*a, **k) * math.nan
     with pytest.warns(UserWarning, match="step skipped"), pytest.raises(FloatingPointError, match="10 steps in a row"):
         trainer.train()
+
+
+def test_the_best_checkpoint_is_what_is_saved(folders):
+    """A learning rate that spoils the model after a while: the last weights are not the best ones."""
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", save_strategy="steps")
+    steps = dict(max_steps=12, eval_steps=2, save_steps=2, val_size=4, learning_rate=0.3, lr_scheduler_type="constant")
+    summary = run_sft(config_for(folders, **steps, training_arguments=best))
+    losses = {r["step"]: r["eval_loss"] for r in read_log(folders / "out") if "eval_loss" in r and r["step"] < 12}
+    assert summary["best_step"] == min(losses, key=losses.get)
+    assert summary["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+    saved = AutoModelForCausalLM.from_pretrained(folders / "out")
+    kept = AutoModelForCausalLM.from_pretrained(folders / "out" / f"checkpoint-{summary['best_step']}")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), kept.parameters(), strict=True))
+
+
+def test_do_train_false_only_evaluates(folders):
+    summary = run_sft(config_for(folders, do_train=False, val_size=4))
+    assert "steps" not in summary
+    assert 2 < summary["eval_loss"] < 4
+    assert not (folders / "out" / "model.safetensors").exists()
+
+
+def test_lora_plus_gives_b_its_own_rate(folders):
+    pytest.importorskip("peft")
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            names = {id(p): name for name, p in model.named_parameters()}
+            seen.update(
+                {names[id(p)]: group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+            )
+
+    lora = dict(finetuning_type="lora", lora_rank=2, loraplus_lr_ratio=16.0, learning_rate=1e-3, max_steps=1)
+    run_sft(config_for(folders, **lora), callbacks=[Look()])
+    assert {rate for name, rate in seen.items() if "lora_A" in name} == {1e-3}
+    assert {rate for name, rate in seen.items() if "lora_B" in name} == {1.6e-2}
+    assert (folders / "out" / "generation_config.json").is_file()
+
+
+def test_packing_rows_of_a_token_budget_hold_every_example(folders):
+    """The loss at the start is that of the padded run, whatever the rows hold."""
+    run_sft(config_for(folders, "packed", packing=True, cutoff_len=24, max_steps=1, per_device_train_batch_size=16))
+    run_sft(config_for(folders, "padded", cutoff_len=24, max_steps=1, per_device_train_batch_size=16))
+    first, second = (read_log(folders / name)[0]["loss"] for name in ("packed", "padded"))
+    assert first == pytest.approx(second, rel=1e-5)
 
 
 # ---- errors before anything is spent

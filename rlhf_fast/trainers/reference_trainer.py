@@ -120,6 +120,7 @@ class ReferenceTrainer(FusedTrainer):
         folder = Path(folder or self.args.output_dir)
         batch_size = batch_size or self.args.per_device_eval_batch_size
         weights = _hash_weights(self.reference)
+        options += f" {self.accelerator.mixed_precision}"
         for name in ("train_dataset", "eval_dataset"):
             dataset = getattr(self, name)
             if dataset is None:

@@ -83,6 +83,8 @@ def run_stage(
         model.config.use_cache = use_cache  # the Trainer switches it off
         if config.do_train:
             trainer.save_model(config.output_dir)
+            if hasattr(model, "peft_config") and getattr(model, "generation_config", None) and run_log.main:
+                model.generation_config.save_pretrained(config.output_dir)  # what an adapter is saved without
             (Path(config.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         if config.plot_loss:
             run_log.curves()
