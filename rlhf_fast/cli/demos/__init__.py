@@ -13,6 +13,8 @@ from typing import Any
 DEMOS = {  # name -> what it shows
     "grpo": "a verifiable reward teaches what 100 labelled examples did not",
     "rm": "a reward model from pairs of the model's own samples ranks held-out pairs",
+    "ppo": "a critic and a verifiable reward, a clipped step at a time",
+    "ppo-rm": "the same on a learned reward, while the verifier watches",
     "dpo": "the same pairs move the policy itself, without a reward model",
     "kto": "single judged samples do it too, without pairs",
 }
@@ -22,7 +24,7 @@ def load_demo(name: str) -> Callable[..., dict[str, Any]]:
     """The `demo` function of a name in `DEMOS`."""
     if name not in DEMOS:
         raise ValueError(f"demo must be one of {', '.join(DEMOS)}, got {name!r}")
-    return importlib.import_module(f"rlhf_fast.cli.demos.{name}").demo
+    return importlib.import_module(f"rlhf_fast.cli.demos.{name.replace('-', '_')}").demo
 
 
 def demo(name: str = "grpo", output: str | Path | None = None, seed: int = 0, **options: Any) -> dict[str, Any]:
