@@ -2,6 +2,7 @@
 
 from rlhf_fast.losses.functional import policy_loss
 from rlhf_fast.losses.kto import KTO, kto_kl, kto_loss
+from rlhf_fast.losses.nll import NLL
 from rlhf_fast.losses.pairs import PairSegments, pair_segments
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.preference import DPO, PreferenceLoss, preference_loss
@@ -12,6 +13,7 @@ from rlhf_fast.losses.reward import reward_loss
 __all__ = [
     "DPO",
     "KTO",
+    "NLL",
     "PairSegments",
     "PairTerms",
     "PolicyLoss",

@@ -13,6 +13,7 @@ from rlhf_fast import _checks
 from rlhf_fast.losses.pairs import number
 from rlhf_fast.losses.registry import unknown
 from rlhf_fast.losses.segments import Segments
+from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import keep
 from rlhf_fast.types import LossMetrics, Metrics
 
@@ -40,7 +41,7 @@ def kto_kl(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(ReadyMade):
     """An unpaired preference loss with its options: callable on chunks of whole sequences after `prepare`.
 
     Args:
@@ -66,6 +67,7 @@ class KTO:
         for name in ("desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        self._register()
 
     def prepare(self, batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Any]:
         """Check the batch, sum the reference, count; once, before any chunk.

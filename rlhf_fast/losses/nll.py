@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.types import LossGrad
 
 
-class NLL:
+class NLL(ReadyMade):
     """Mean negative log-likelihood of the scored tokens.
 
         L = -sum_t logprob_t / normalizer
@@ -30,6 +31,7 @@ class NLL:
 
     def __init__(self, normalizer: float | Tensor | None = None):
         self.normalizer = normalizer
+        self._register()
 
     def prepare(self, batch: dict[str, Any], mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
         """Fix the normaliser before the first chunk."""

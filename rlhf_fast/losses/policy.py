@@ -23,14 +23,14 @@ from rlhf_fast.losses.options import DEFAULTS, check_options, own_high
 from rlhf_fast.losses.prepare import prepare_batch
 from rlhf_fast.losses.registry import PolicyTerms, unknown, variant
 from rlhf_fast.losses.segments import Segments
-from rlhf_fast.ops.fused import register_ready
+from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep, kl_terms
 from rlhf_fast.ops.policy import SUMS, ClipTerms, clip_loss, ratio_range
 from rlhf_fast.types import LossGrad, Metrics
 
 
 @dataclass(frozen=True, init=False)
-class PolicyLoss:
+class PolicyLoss(ReadyMade):
     """A policy loss with its options: callable on chunks of log-probabilities after `prepare`.
 
     Options left out take the kind's defaults (see `losses.variants`).
@@ -100,12 +100,7 @@ class PolicyLoss:
         for field in fields(self):
             object.__setattr__(self, field.name, values[field.name])
         check_options(self)
-        if self._fused:  # the rest find their gradient by autograd, which an op cannot run
-            register_ready(self)
-
-    def __reduce__(self):
-        # Built anew: what the constructor registers for compiled graphs belongs to one object of one process.
-        return _rebuild, ({field.name: getattr(self, field.name) for field in fields(self)},)
+        self._register()
 
     # ---- the loss_fn protocol ----
 
@@ -294,7 +289,3 @@ def _segments(batch: Mapping[str, Any]) -> Segments:
     if "segment_ids" not in batch:
         raise ValueError("this policy loss needs whole sequences: give segments (cu_seqlens) with the batch")
     return Segments(batch["segment_ids"], batch["num_segments"], (batch["weight"] != 0).to(batch["weight"].dtype))
-
-
-def _rebuild(options: dict[str, Any]) -> PolicyLoss:
-    return PolicyLoss(**options)

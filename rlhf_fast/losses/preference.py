@@ -26,6 +26,7 @@ from rlhf_fast.losses.preference_kinds import (
 )
 from rlhf_fast.losses.preference_options import check_options, mix
 from rlhf_fast.losses.registry import unknown
+from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep
 from rlhf_fast.types import LossMetrics, Metrics
 
@@ -43,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, init=False)
-class PreferenceLoss:
+class PreferenceLoss(ReadyMade):
     """A preference loss with its options: callable on chunks of whole pairs after `prepare`.
 
     Args:
@@ -102,6 +103,7 @@ class PreferenceLoss:
         for field in fields(self):
             object.__setattr__(self, field.name, values[field.name])
         check_options(self)
+        self._register()
 
     # ---- the loss_fn protocol ----
 

@@ -81,7 +81,7 @@ def masked_quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
     position = (values.numel() - count) + q * (count - 1).clamp(min=0).double()
     below = position.floor().long().clamp(max=last)
     above = position.ceil().long().clamp(max=last)
-    low, high = ordered[below], ordered[above]
+    low, high = ordered.index_select(0, torch.stack([below, above])).unbind()
     middle = torch.where(below == above, low, torch.lerp(low, high, (position - below).to(values.dtype)))
     return torch.where(count > 0, middle, 0.0)
 

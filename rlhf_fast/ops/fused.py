@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,8 +82,8 @@ def fused_linear_loss(
         product: rows_total, rows_forward (first), rows_backward (second and third).
     Raises: ValueError naming the tensor or batch key; whatever loss_fn raises.
     Source: gradient-in-forward as in Hsu et al. 2024, "Liger Kernel", section 3.2, generalised to any loss.
-    Notes: under torch.compile a ready-made loss with an analytic gradient, built outside the compiled function, is one
-        op; any other loss_fn is a graph break. Without gradients (no_grad, frozen inputs) one product. Nothing
+    Notes: under torch.compile a ready-made loss (`rlhf_fast.losses`), built outside the compiled function, is one op;
+        any other loss_fn is a graph break. Without gradients (no_grad, frozen inputs) one product. Nothing
         scored: loss 0, zero gradients, still attached to the graph. fp32 statistics, fp32 weight gradient. Second
         derivatives raise.
     Example:
@@ -199,22 +201,46 @@ def _flat_batch(batch: dict[str, Any], target: Tensor) -> dict[str, Any]:
     return flat
 
 
-# ---- the same as one op, for losses that carry their own gradient: torch.compile sees no graph break ----
+# ---- the same as one op, for ready-made losses: torch.compile sees no graph break ----
 
-_READY: weakref.WeakValueDictionary[str, LossFn] = weakref.WeakValueDictionary()
+_READY: weakref.WeakValueDictionary[str, ReadyMade] = weakref.WeakValueDictionary()
 _ready_count = itertools.count()
 
 
-def register_ready(loss_fn: LossFn) -> None:
-    """Make a loss with `prepare` and `gradient` known by name, so that a compiled graph can refer to it."""
-    key = f"{type(loss_fn).__name__}-{next(_ready_count)}"
-    object.__setattr__(loss_fn, "_ready_key", key)
-    _READY[key] = loss_fn
+class ReadyMade:
+    """Base of the losses that a compiled graph can refer to: it knows each object by a key of its own.
+
+    A subclass has `prepare(batch, mask, cu_seqlens)`, traceable, whose result depends on no values; and it calls
+    `_register` when it has been built. A copy, or an object from another process, gets a key of its own.
+    """
+
+    def _register(self) -> None:
+        key = f"{type(self).__name__}-{next(_ready_count)}"
+        object.__setattr__(self, "_ready_key", key)
+        _READY[key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_ready_key"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Autograd records again: the dispatcher leaves it out within an op's implementation."""
+    c = torch._C
+    excluded = c._dispatch_tls_local_exclude_set().remove(c.DispatchKey.AutogradFunctionality)
+    with c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded), torch.no_grad():
+        yield
 
 
 def _call_op(hidden, weight, bias, lora_a, lora_b, target, call: Call) -> tuple[Tensor, Tensor, Tensor, Metrics]:
     """(loss, logprob, entropy, metrics) through the op."""
-    tensors = {k: v for k, v in call.batch.items() if isinstance(v, Tensor)}
+    device = target.device
+    numbers = {k: torch.tensor(v, device=device) for k, v in call.batch.items() if isinstance(v, (bool, int, float))}
+    tensors = {k: v for k, v in (call.batch | numbers).items() if isinstance(v, Tensor) and k != "num_segments"}
     empty = hidden.new_empty(0, dtype=stat_dtype(hidden.dtype))
     probe = {k: v if v.dim() == 0 else v[:0] for k, v in tensors.items()} | {"num_segments": 0}
     _, metrics = call.loss_fn(empty, empty if call.entropy else None, probe)  # for their names; no work
@@ -262,7 +288,8 @@ def _fused_linear_loss(
     tf = Transform(scale, softcap, inv_temperature)
     lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
     options = (entropy, tf, ignore_index, chunk_size, memory_budget, Wanted(*want), lora, group)
-    out = run(hidden, weight, bias, target, Call(_READY[loss_key], values, segments, *options))
+    with _autograd_inside():
+        out = run(hidden, weight, bias, target, Call(_READY[loss_key], values, segments, *options))
     zero = hidden.new_zeros((), dtype=stat_dtype(hidden.dtype))
     metrics = [out.metrics.get(name, zero) for name in (*metric_names.split(","), *ROW_COUNTS)]
     return out.loss, out.logprob, out.entropy, torch.stack([m.to(zero) for m in metrics]), *out.grads
