@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ pytest.importorskip("peft")
 
 import peft
 from test_data import word_tokenizer
-from test_sft import tiny_model
+from test_sft import make_rows, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
+from rlhf_fast.trainers.config import make_config, run
 from rlhf_fast.trainers.hf_utils import (
     is_adapter,
     load_folder,
@@ -338,6 +340,42 @@ def test_tokenizer_of_an_adapter_is_its_own_or_the_base_models(base, tmp_path):
     model.save_pretrained(tmp_path / "bare")
     for folder in (tmp_path / "bare", saved(model, tmp_path / "full")):
         assert load_tokenizer(config(base, model_name_or_path=str(folder))).eos_token == word_tokenizer().eos_token
+
+
+# ---- through the stages
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_runs_with_an_adapter_on_the_head_in_bf16(base, tmp_path, stage, monkeypatch):
+    """Two rates, checkpointing, the head's adapter through the fused head; the folder loads and has learnt."""
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    values = dict(finetuning_type="lora", lora_rank=2, lora_target="all,lm_head", bf16=True, loraplus_lr_ratio=4.0)
+    values |= dict(gradient_checkpointing=True, weight_decay=0.1, learning_rate=1e-2, max_steps=2, use_cpu=True)
+    values |= dict(
+        disable_tqdm=True, plot_loss=False, dataset=str(tmp_path / "d.jsonl"), output_dir=str(tmp_path / "o")
+    )
+    if stage == "grpo":
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        (tmp_path / "judge_of_lengths.py").write_text("def f(completions, **_):\n    return [*map(len, completions)]\n")
+        values |= dict(reward_funcs="judge_of_lengths:f", num_generations=4, max_completion_length=4)
+    seen = []
+    monkeypatch.setattr("torch.optim.AdamW", spy(torch.optim.AdamW, seen))
+    run(make_config(dict(stage=stage, model_name_or_path=str(base), **values)))
+    rates = {group["lr"]: group["weight_decay"] for groups in seen for group in groups}
+    assert rates == {1e-2: 0.1, 4e-2: 0.1}
+    before, after = AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    assert (logits(after) - logits(before)).abs().max() > 1e-4
+    assert (tmp_path / "o" / "tokenizer.json").is_file()
+
+
+def spy(optimizer, seen):
+    class Spy(optimizer):
+        def __init__(self, params, *args, **kwargs):
+            params = [dict(g) if isinstance(g, dict) else g for g in params]
+            seen.append(params)
+            super().__init__(params, *args, **kwargs)
+
+    return Spy
 
 
 # ---- optimiser groups

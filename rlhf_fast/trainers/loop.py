@@ -20,7 +20,7 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers.config import RunConfig
+from rlhf_fast.trainers.hf_utils import resume_path, save_model
+from rlhf_fast.trainers.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -70,7 +72,7 @@ class Loop:
         others: Mapping[str, nn.Module] | None = None,
         learning_rates: Mapping[str, float] | None = None,
     ):
-        if config.resume_from_checkpoint:
+        if config.resume_from_checkpoint or resume_path(config) is not None:
             raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} yet")
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
@@ -87,11 +89,7 @@ class Loop:
                 raise ValueError(f"the {'model' if role == POLICY else role} has no parameter that requires grad")
         rates = {role: (learning_rates or {}).get(role, config.learning_rate) for role in modules}
         optimizer = torch.optim.AdamW(
-            [
-                {"params": group, "weight_decay": decay, "lr": rates[role]}
-                for role, module in modules.items()
-                for group, decay in _decay_groups(module, config.weight_decay)
-            ],
+            [group for role, module in modules.items() for group in optimizer_groups(module, config, rates[role])],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -298,10 +296,10 @@ class Loop:
     def save_model(self, folder: str | os.PathLike) -> None:
         """Model in safetensors with its configs and tokenizer; the other roles in folders of their own."""
         if self.main:
+            save_model(self.unwrapped, folder, self.processing_class)
             for role, model in self.models.items():
-                place = folder if role == POLICY else Path(folder) / role
-                self.accelerator.unwrap_model(model).save_pretrained(place)
-            self.processing_class.save_pretrained(folder)
+                if role != POLICY:
+                    self.accelerator.unwrap_model(model).save_pretrained(Path(folder) / role)
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self) -> None:
@@ -329,13 +327,6 @@ def _reduced(name: str, values: list[Any]) -> float:
     if name.endswith("_min"):
         return min(numbers)
     return sum(numbers) / len(numbers)
-
-
-def _decay_groups(model: nn.Module, decay: float) -> Iterable[tuple[list[nn.Parameter], float]]:
-    """Weight decay on matrices; none on biases and norms."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [([p for p in trained if p.dim() > 1], decay), ([p for p in trained if p.dim() < 2], 0.0)]
-    return [(group, d) for group, d in groups if group]
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:

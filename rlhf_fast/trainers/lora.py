@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf_fast.trainers.config import RunConfig
@@ -247,24 +246,27 @@ def _check_names(key: str, wanted: Iterable[str], known: Iterable[str]) -> None:
 # ---- rates
 
 
-def optimizer_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def optimizer_groups(model: nn.Module, config: RunConfig, learning_rate: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups with their rates: weight decay on matrices alone, and LoRA+'s rates where they are asked for.
 
         lr(B) = loraplus_lr_ratio lr(A),   lr(adapters of embeddings) = loraplus_lr_embedding
 
+    `learning_rate` None is the config's.
+
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    base = config.learning_rate if learning_rate is None else learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decay = config.weight_decay if p.dim() > 1 else 0.0
-            groups.setdefault((_rate(name, config), decay), []).append(p)
+            groups.setdefault((_rate(name, config, base), decay), []).append(p)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
-def _rate(name: str, config: RunConfig) -> float:
+def _rate(name: str, config: RunConfig, base: float) -> float:
     if config.loraplus_lr_ratio is None:
-        return config.learning_rate
+        return base
     if "lora_embedding_" in name:
         return config.loraplus_lr_embedding
-    return config.learning_rate * (config.loraplus_lr_ratio if "lora_B" in name else 1.0)
+    return base * (config.loraplus_lr_ratio if "lora_B" in name else 1.0)

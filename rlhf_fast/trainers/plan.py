@@ -113,6 +113,8 @@ def plan(config: RunConfig, *, length: int | None = None, processes: int | None 
 def micro_batch(config: RunConfig, length: int) -> Work:
     """The sequences that a stage puts through its model at once, all of the greatest length."""
     rows = config.per_device_train_batch_size
+    if config.stage == "sft" and config.packing:
+        length = config.cutoff_len  # rows are filled up
     if config.stage in ("ppo", "grpo"):
         length = min(length, config.prompt_length) + config.max_completion_length
         if config.max_tokens_per_micro_batch:
