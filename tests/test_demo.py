@@ -12,7 +12,7 @@ from rlhf_fast.trainers.config import load_config  # noqa: E402
 from rlhf_fast.trainers.grpo import run_grpo  # noqa: E402
 from rlhf_fast.trainers.rewards import exact_match  # noqa: E402
 
-ROLLOUTS = 60
+ROLLOUTS, SHUFFLED = 30, 20  # accuracy 0.54 to 0.79; with shuffled rewards below 0.1
 
 
 def shuffled(completions, answer, finish_reasons, **_):
@@ -32,6 +32,7 @@ def test_accuracy_rises(short):
     assert summary["accuracy_after"] > summary["accuracy_before"] + 0.1
     assert summary["accuracy_after"] == pytest.approx(summary["eval_reward"])  # reloaded = as it was in the run
     assert summary["reward_last"] > summary["reward_first"] + 0.1
+    assert summary["warnings"] == []
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
@@ -66,6 +67,7 @@ def test_with_shuffled_rewards_it_falls(short, tmp_path, monkeypatch):
     folder, summary = short
     monkeypatch.setattr(task, "shuffled", shuffled, raising=False)  # an import path wherever the tests are
     overrides = [f"output_dir={tmp_path}", "reward_funcs=rlhf_fast.cli.demos.task:shuffled", "plot_loss=false"]
+    overrides += [f"max_steps={2 * SHUFFLED}"]
     run_grpo(load_config(folder / "grpo.yaml", overrides))
     after = accuracy(answers(tmp_path, folder / "data" / "test.jsonl"))
     assert after < summary["accuracy_before"] - 0.1
