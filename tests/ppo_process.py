@@ -26,8 +26,7 @@ def two_steps(folder, case, rank, world):
         dict(per_device_train_batch_size=8 // world, ppo_buffer_size=1, ppo_epochs=2, learning_rate=1e-2) | options
     )
     it = PPOTrainer(tiny().double(), make_tokenizer(), config=config(folder, **options))
-    it.loop.unwrapped.double()
-    critic = it.loop.accelerator.unwrap_model(it.loop.models["critic"]).double()
+    critic = it.loop.accelerator.unwrap_model(it.loop.models["critic"])
     for _ in range(2):
         metrics = it.step(PROMPTS[rows], RESPONSES[rows], torch.tensor(scores[rows], dtype=torch.float64))
     weights = {**it.loop.unwrapped.state_dict(), **{f"critic.{n}": p for n, p in critic.state_dict().items()}}

@@ -171,7 +171,6 @@ def test_loss_and_every_gradient_of_actor_and_critic_equal_plain_torch(tmp_path,
     it = trainer(tmp_path, tiny(attention_dropout=0.3).double(), own=critic, ref_model=copy.deepcopy(given), **options)
     critic = it.loop.accelerator.unwrap_model(it.loop.models["critic"])
     if it.roles.shared:
-        critic.double()
         torch.nn.init.normal_(critic.weight, generator=torch.Generator().manual_seed(2))
     plain, plain_critic = tiny(attention_dropout=0.3).double().eval(), copy.deepcopy(critic).eval()
     value_of = shared_value(plain_critic) if it.roles.shared else own_value(plain_critic)

@@ -22,16 +22,16 @@ HEAD_NAME = "value_head.safetensors"
 
 
 class ValueHead(nn.Module):
-    """V = w . h + b on the hidden states of another model's trunk, in fp32; 0 everywhere at the start."""
+    """V = w . h + b on the hidden states of another model's trunk, in fp32 or fp64; 0 everywhere at the start."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(()))
+        dtype = torch.promote_types(dtype, torch.float32)
+        self.weight, self.bias = (nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in (width, ()))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return hidden.to(dtype) @ self.weight.to(dtype) + self.bias.to(dtype)
+            return hidden.to(self.weight.dtype) @ self.weight + self.bias
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the head to `value_head.safetensors` in `folder`."""
@@ -46,7 +46,7 @@ class ValueHead(nn.Module):
         from safetensors.torch import load_file
 
         state = load_file(_head_file(folder))
-        head = cls(len(state["weight"]))
+        head = cls(len(state["weight"]), state["weight"].dtype)
         head.load_state_dict(state)
         return head
 

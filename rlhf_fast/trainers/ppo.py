@@ -105,7 +105,7 @@ class PPOTrainer(RLTrainer):
         if config.critic == "shared":
             if self._critic is not None:
                 raise ValueError("critic is shared, a value head on the policy: give no critic model")
-            self.critic: nn.Module = ValueHead(model.get_output_embeddings().weight.shape[-1])
+            self.critic: nn.Module = ValueHead(model.get_output_embeddings().weight.shape[-1], model.dtype)
             return
         folder = config.critic_model or next(iter(names(config.reward_model)), None)
         if self._critic is not None:
