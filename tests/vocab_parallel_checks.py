@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from _budget import assert_within_budget
+from ranks import registry
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -32,17 +33,7 @@ OPTIONS = [
     dict(entropy=True, chunk_size=1),
     dict(entropy=True, memory_budget=2000),  # 7 rows of the largest shard, more of any other
 ]
-CHECKS = {}
-
-
-def check(*worlds):
-    """Register a check; without `worlds` it runs on every group."""
-
-    def register(fn):
-        CHECKS[fn.__name__] = (fn, worlds or (2, 3))
-        return fn
-
-    return register
+CHECKS, check = registry()
 
 
 def head(sizes, n=23, d=8, dtype=torch.float64, seed=0):
