@@ -290,6 +290,21 @@ def test_the_reference_follows_the_policy_as_tr_dpo_says(tmp_path):
     assert not torch.equal(first[0], second[0])
 
 
+def test_bcos_shift_is_the_mean_reward_of_the_steps_before(tmp_path):
+    loss = PreferenceLoss(["sigmoid", "bco_pair"], beta=0.5)
+    options = dict(max_steps=3, learning_rate=0.05, optim="sgd", per_device_train_batch_size=4)
+    trainer = trainer_for(tmp_path, ref=None, loss=loss, gradient_accumulation_steps=2, **options)
+    trainer.train()
+    rows = trainer.state.log_history[:3]
+    rewards = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in rows]
+    assert trainer._shift.tolist() == pytest.approx([sum(rewards) / 3, 3])
+    assert abs(sum(rewards)) > 1e-3
+    other = trainer_for(tmp_path, ref=None, loss=loss)
+    other._shift = torch.tensor([50.0, 1.0], dtype=torch.float64)
+    _, metrics = other.compute_loss(other.model, pair_batch(pair_data()), return_outputs=True)
+    assert metrics["loss/bco_pair"].item() == pytest.approx(50)  # -log sigmoid(0 - 50) - log sigmoid(50 - 0)
+
+
 # ---- runs
 
 
