@@ -14,7 +14,15 @@ pytest.importorskip("peft")
 import peft
 from test_data import word_tokenizer
 from test_sft import make_rows, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.config import make_config, run
@@ -110,6 +118,15 @@ def test_lora_target(tmp_path, target, expected):
     assert all("lora_" in name for name in trained(model))
 
 
+def test_a_classifier_has_no_head_to_adapt(base):
+    values = dict(auto_class="AutoModelForSequenceClassification", num_labels=1)
+    for target in ("all,lm_head", "lm_head"):
+        model = load_model(config(base, finetuning_type="lora", lora_target=target), **values)
+        assert adapted_modules(model) == EVERY_LINEAR
+        assert any("score.modules_to_save" in name for name in trained(model))
+        assert model.peft_config["default"].task_type == "SEQ_CLS"
+
+
 def test_lora_options_reach_the_adapter(base):
     model = lora(base, lora_dropout=0.25, use_rslora=True, lora_target="q_proj", additional_target="norm")
     adapter = model.peft_config["default"]
@@ -201,6 +218,26 @@ def test_infer_dtype_is_for_evaluation(base):
     values = dict(eval_dataset="x", infer_dtype="bfloat16")
     assert weights_dtype(config(base, do_train=False, **values)) == torch.bfloat16
     assert weights_dtype(config(base, **values)) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(), "sdpa"),
+        (dict(flash_attn="sdpa"), "sdpa"),
+        (dict(flash_attn="disabled"), "eager"),
+        (dict(attn_implementation="eager"), "eager"),
+    ],
+    ids=str,
+)
+def test_attention(base, changes, expected):
+    assert load_model(config(base, **changes)).config._attn_implementation == expected
+
+
+def test_attention_of_a_model_without_sdpa(tmp_path):
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=18, num_key_value_heads=2, **shape)).save_pretrained(tmp_path)
+    assert load_model(config(tmp_path)).config._attn_implementation == "eager"
 
 
 # ---- frozen layers

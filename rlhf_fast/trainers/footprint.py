@@ -6,6 +6,7 @@ and attention masks are what the model does, whatever its architecture.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,9 @@ class Live(TorchDispatchMode):
 def footprint(model: nn.Module, work: Work, config: RunConfig, notes: list[str]) -> Footprint:
     """Of one micro-batch through the model's trunk; with accumulation of the second one, beside gradients."""
     trunk, live = trunk_of(model), Live(model)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what it would print is in the note
     try:
         for _ in range(1 if config.gradient_accumulation_steps == 1 else 2):
             live.peak = live.now
@@ -154,6 +158,7 @@ def footprint(model: nn.Module, work: Work, config: RunConfig, notes: list[str])
         notes.append(f"activations are not counted: {type(trunk).__name__} cannot be run without data ({error})")
         return Footprint(0, 0, 0, 0)
     finally:
+        log.setLevel(level)
         model.zero_grad()
     return Footprint(saved, forward, backward, without)
 

@@ -137,15 +137,16 @@ def save_model(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = Non
         tokenizer.save_pretrained(folder)
 
 
-def choose_attention(config: RunConfig) -> str:
-    """What the config says; else flash-attn where it is installed and can run (CUDA, half precision), else SDPA."""
+def choose_attention(config: RunConfig) -> str | None:
+    """What the config says; else flash-attn where it is installed and can run (CUDA, half precision); else None, which
+    is transformers' choice: SDPA where the model has it."""
     named = {"sdpa": "sdpa", "disabled": "eager", "fa2": "flash_attention_2"}.get(config.flash_attn)
     if config.attn_implementation or named:
         return config.attn_implementation or named
     half = weights_dtype(config) != torch.float32 or config.bf16 or config.fp16
     installed = importlib.util.find_spec("flash_attn") is not None
     on_gpu = torch.cuda.is_available() and not config.use_cpu
-    return "flash_attention_2" if installed and half and on_gpu else "sdpa"
+    return "flash_attention_2" if installed and half and on_gpu else None
 
 
 def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:

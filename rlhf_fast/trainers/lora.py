@@ -157,7 +157,9 @@ def _targets(model: nn.Module, config: RunConfig) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     wanted, head = names(config.lora_target), _head_name(model)
-    wanted = [head if name == "lm_head" and head else name for name in wanted]
+    if not head:  # a classifier, such as PPO's critic beside an actor with an adapter on its head
+        wanted = [name for name in wanted if name != "lm_head"] or ["all"]
+    wanted = [head if name == "lm_head" else name for name in wanted]
     if "all" in wanted:
         linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
         wanted = sorted(linear - {head, *CLASSIFIERS}) + [name for name in wanted if name != "all"]
