@@ -25,8 +25,8 @@ from rlhf_fast.benchmarks import memory
 from rlhf_fast.benchmarks.measure import median, synchronize
 
 VOCAB, WIDTH, LAYERS = 32_000, 256, 4
-PAIRS, PROMPT, ANSWER = 8, (16, 64), (16, 64)
-STEPS = 5
+PAIRS, PROMPT, ANSWER = 4, (16, 48), (16, 64)
+STEPS = 4
 LEARNING_RATE, BETA = 1e-4, 0.1
 Notify = Callable[[str], None]
 TRAINING: dict[str, Any] = dict(
