@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from grpo_cases import tiny  # noqa: E402
+from grpo_cases import log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast.trainers.policy import Reference  # noqa: E402
 
@@ -61,3 +61,14 @@ def test_what_cannot_follow_is_named():
     reference.model.model.norm.weight = torch.nn.Parameter(torch.ones(32))
     with pytest.raises(ValueError, match=r"it has no model.norm.weight of shape \(32,\)"):
         reference.sync(tiny())
+
+
+def test_a_model_from_a_folder_as_reference(tmp_path):
+    tiny(seed=5).save_pretrained(tmp_path / "other")
+    it = trainer(tmp_path, beta=0.1, max_steps=1, ref_model=str(tmp_path / "other"))
+    it.train()
+    assert log_rows(tmp_path)[0]["kl"] > 1e-3
+    kept = dict(tiny(seed=5).named_parameters())
+    assert all(torch.equal(p, kept[n]) for n, p in it.reference.model.named_parameters())
+    with pytest.raises(ValueError, match="ref_model_adapters goes with ref_model"):
+        trainer(tmp_path, ref_model_adapters="a")

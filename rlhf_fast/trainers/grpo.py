@@ -31,30 +31,15 @@ from rlhf_fast.trainers.data import Prompt
 from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience
 from rlhf_fast.trainers.gauges import kl_by_estimator
 from rlhf_fast.trainers.grpo_config import GRPOConfig
-from rlhf_fast.trainers.hf_utils import load_folder
 from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.policy import Reference, updating_mode
+from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
 from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
-PROPORTIONAL = frozenset(
-    (
-        "ppo",
-        "grpo",
-        "dapo",
-        "dr_grpo",
-        "bnpo",
-        "gspo",
-        "luspo",
-        "cispo",
-        "sapo",
-        "vespo",
-        "gpg",
-        "geo_mean",
-        "reinforce",
-    )
-)
+CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo", "geo_mean")
+PROPORTIONAL = frozenset((*CLIPPED, "cispo", "sapo", "vespo", "gpg", "reinforce"))
 
 
 class GRPOTrainer(RLTrainer):
@@ -88,7 +73,7 @@ class GRPOTrainer(RLTrainer):
     def prepare_model(self, model: nn.Module) -> None:
         config = self.config
         if config.needs_reference:
-            other = load_folder(config.ref_model) if config.ref_model else None
+            other = load_reference(config) if config.ref_model else None
             self.reference = Reference(model, other, copy=config.sync_ref_model)
 
     def train(self) -> dict[str, Any]:

@@ -13,16 +13,14 @@ from transformers import TrainerCallback, set_seed
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.brakes import Brakes
-from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, check_vocabulary, tokenize_prompts, tokenize_sft
-from rlhf_fast.trainers.dataset_info import load_rows
-from rlhf_fast.trainers.gauges import Perplexity
+from rlhf_fast.trainers.data import Prompt
 from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
 from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.policy import Reference, enable_checkpointing
-from rlhf_fast.trainers.readers import Rows
 from rlhf_fast.trainers.reward_ensemble import load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
+from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout_turns import MultiTurnSampler, conversations
 from rlhf_fast.trainers.stepwise import as_queries
@@ -79,7 +77,7 @@ class RLTrainer:
         for part in (self.reference, *self.reward_functions()):
             if hasattr(part, "to"):
                 part.to(self.accelerator.device)
-        self.perplexity = make_perplexity(self, perplexity_dataset)
+        self.perplexity = make_perplexity(config, self.tokenizer, known["vocabulary"], perplexity_dataset)
         self.prompts_per_rollout, self.minibatches_per_rollout = config.sizes(self.accelerator.num_processes)
         self.sampler = self.make_sampler(greedy=False)
         self.order = torch.Generator().manual_seed(config.seed)  # of the prompts
@@ -244,31 +242,9 @@ def finite_mean(values: Tensor) -> float:
     return float(values[values.isfinite()].mean())
 
 
-def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The data's own columns, one value a row."""
-    reserved = {"prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "finish_reasons"}
-    names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
-    return {name: [p.columns.get(name) for p in rows] for name in names}
-
-
 def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
     empty = not callable(functions) and len(functions) == 0
     return None if empty else Rewards(functions, weights, timeout)
-
-
-def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> list[Prompt] | None:
-    """`Prompt`s of rows (or as they are), their ids within the model's vocabulary."""
-    if rows is None:
-        return None
-    if len(rows) == 0:
-        raise ValueError("the dataset is empty")
-    prompts = list(rows)
-    if not isinstance(rows[0], Prompt):
-        rows = rows if isinstance(rows, Rows) else Rows.from_list(map(dict, rows))
-        limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-        prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
-    check_prompt_vocabulary(prompts, vocabulary)
-    return prompts
 
 
 def add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
@@ -276,35 +252,6 @@ def add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
     for name, value in new.items():
         pick = torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add
         total[name] = pick(total[name], value) if name in total else value
-
-
-def make_perplexity(trainer: RLTrainer, texts: Any) -> Perplexity | None:
-    """The gauge over the given texts (strings, or rows that SFT takes), or over those of the config."""
-    config, tokenizer = trainer.config, trainer.tokenizer
-    rows = rows_of(config, "perplexity_dataset") if texts is None else texts
-    if rows is None:
-        return None
-    if not isinstance(rows, Rows):
-        rows = Rows.from_list([{"text": row} if isinstance(row, str) else dict(row) for row in rows], "texts")
-    dataset = tokenize_sft(rows, tokenizer, max_length=config.cutoff_len, overlong_prompt="truncate")
-    check_vocabulary(dataset, vocabulary_size(trainer.loop.unwrapped), rows, tokenizer)
-    return Perplexity(dataset, tokenizer.pad_token_id, batch_size=config.per_device_eval_batch_size)
-
-
-def rows_of(config: RLConfig, key: str) -> Rows | None:
-    """The rows of `dataset` or another key; None where it names nothing."""
-    return load_rows(config, key) if getattr(config, key) else None
-
-
-def held_out(prompts: list[Prompt], config: RLConfig) -> tuple[list[Prompt], list[Prompt] | None]:
-    """(to train on, to evaluate on) as `val_size` says: a random split by the seed."""
-    if not config.val_size:
-        return prompts, None
-    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(prompts)))
-    if held >= len(prompts):
-        raise ValueError(f"val_size={config.val_size} leaves none of {len(prompts)} rows to train on")
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return [prompts[i] for i in sorted(order[held:])], [prompts[i] for i in sorted(order[:held])]
 
 
 def run_rl(
@@ -317,13 +264,7 @@ def run_rl(
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
     rewards = load_rewards(config, tokenizer)
-    limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-    prompts, evaluation = (
-        tokenize_prompts(rows, tokenizer, **limits)[0] if (rows := rows_of(config, key)) is not None else None
-        for key in ("dataset", "eval_dataset")
-    )
-    if evaluation is None:
-        prompts, evaluation = held_out(prompts, config)
+    prompts, evaluation = load_prompts(config, tokenizer)
     model = load_model(config, tokenizer)
     trainer = trainer_class(model, tokenizer, prompts, rewards, config, eval_dataset=evaluation, callbacks=callbacks)
     return trainer.train()

@@ -1,0 +1,68 @@
+"""The data of PPO and GRPO: prompts, their columns, a held-out split, texts for the perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, check_vocabulary, tokenize_prompts, tokenize_sft
+from rlhf_fast.trainers.dataset_info import load_rows
+from rlhf_fast.trainers.gauges import Perplexity
+from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.rl_config import RLConfig
+
+
+def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> list[Prompt] | None:
+    """`Prompt`s of rows (or as they are), their ids within the model's vocabulary."""
+    if rows is None:
+        return None
+    if len(rows) == 0:
+        raise ValueError("the dataset is empty")
+    prompts = list(rows)
+    if not isinstance(rows[0], Prompt):
+        rows = rows if isinstance(rows, Rows) else Rows.from_list(map(dict, rows))
+        limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
+        prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
+    check_prompt_vocabulary(prompts, vocabulary)
+    return prompts
+
+
+def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The data's own columns, one value a row."""
+    reserved = {"prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "finish_reasons"}
+    names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
+    return {name: [p.columns.get(name) for p in rows] for name in names}
+
+
+def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None]:
+    """(to train on, to evaluate on) of a run's configuration."""
+    limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
+    prompts = tokenize_prompts(load_rows(config, "dataset"), tokenizer, **limits)[0]
+    if config.eval_dataset:
+        return prompts, tokenize_prompts(load_rows(config, "eval_dataset"), tokenizer, **limits)[0]
+    return held_out(prompts, config)
+
+
+def held_out(prompts: list[Prompt], config: RLConfig) -> tuple[list[Prompt], list[Prompt] | None]:
+    """(to train on, to evaluate on) as `val_size` says: a random split by the seed."""
+    if not config.val_size:
+        return prompts, None
+    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(prompts)))
+    if held >= len(prompts):
+        raise ValueError(f"val_size={config.val_size} leaves none of {len(prompts)} rows to train on")
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return [prompts[i] for i in sorted(order[held:])], [prompts[i] for i in sorted(order[:held])]
+
+
+def make_perplexity(config: RLConfig, tokenizer: Any, vocabulary: int, texts: Any = None) -> Perplexity | None:
+    """The gauge over the given texts (strings, or rows that SFT takes), or over those of the config."""
+    rows = texts if texts is not None or not config.perplexity_dataset else load_rows(config, "perplexity_dataset")
+    if rows is None:
+        return None
+    if not isinstance(rows, Rows):
+        rows = Rows.from_list([{"text": row} if isinstance(row, str) else dict(row) for row in rows], "texts")
+    dataset = tokenize_sft(rows, tokenizer, max_length=config.cutoff_len, overlong_prompt="truncate")
+    check_vocabulary(dataset, vocabulary, rows, tokenizer)
+    return Perplexity(dataset, tokenizer.pad_token_id, batch_size=config.per_device_eval_batch_size)
