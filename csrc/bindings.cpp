@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_dlogits", &row_dlogits, release);
   m.def("isa", &rlhf::isa_name, "instruction set of the row passes: avx512, avx2 or portable");
   m.def("use_isa", &use_isa, "choose another one; for tests");
+  m.attr("cuda_state") = RLHF_CUDA_STATE;  // why _cuda was not built beside this module; "" if it was
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -91,7 +91,10 @@ def triton_available() -> bool:
 
 def unavailable_reason(name: str) -> str:
     """Why `_C` or `_cuda` is missing; "" when it is there."""
-    return _load(name)[1]
+    reason = _load(name)[1]
+    if reason and name == "_cuda" and (state := getattr(_load("_C")[0], "cuda_state", "")):
+        return f"{reason}: {state}"
+    return reason
 
 
 def requested_backend() -> str | None:

@@ -56,3 +56,23 @@ def test_compiles_without_spills(source, tmp_path):
         assert use["spill"] == 0, (name, arch)
         assert 0 < use["registers"] <= MAX_REGISTERS, (name, arch)
         assert use["shared"] <= 48 * 1024, (name, arch)
+
+
+@needs_nvcc
+def test_sources_that_do_not_compile_cost_the_cuda_module_alone(tmp_path):
+    """RLHF_FAST_CUDA=auto: the build goes on without `_cuda`, and `_C` knows why (`rlhf-fast doctor` shows it)."""
+    pybind11 = pytest.importorskip("pybind11")
+    root = SOURCES[0].parents[2]
+    for name in ("csrc", "cmake"):
+        shutil.copytree(root / name, tmp_path / name)
+    shutil.copy(root / "CMakeLists.txt", tmp_path)
+    with open(tmp_path / "csrc" / "cuda" / SOURCES[0].name, "a") as file:
+        file.write('\n#error "planted"\n')
+    cmake = shutil.which("cmake") or pytest.skip("no cmake")
+    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "planted" in done.stderr
+    assert "did not compile the CUDA sources" in done.stdout
+    assert not list((tmp_path / "b").rglob("_cuda.dir"))
+    assert list((tmp_path / "b").rglob("_C.dir"))

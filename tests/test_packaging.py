@@ -65,7 +65,14 @@ def test_kernels_is_not_a_regular_package():
 
 
 def test_sdist_is_complete(sdist):
-    for name in ("LICENSE", "README.md", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/cpu/row_pass_vec.h"):
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CMakeLists.txt",
+        "cmake/cuda_compiles.cmake",
+        "csrc/bindings.cpp",
+        "csrc/cpu/row_pass_vec.h",
+    ):
         assert (sdist / name).is_file(), name
     assert not list(sdist.rglob("*.so"))
     assert not (sdist / ".venv").exists()
