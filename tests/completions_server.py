@@ -17,7 +17,16 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "a-secret"
-STATE = {"mode": None, "times": 0, "requests": 0, "most_at_once": 0, "at_once": 0, "last": None, "authorized": None}
+STATE = {
+    "mode": None,
+    "times": 0,
+    "seconds": 0.3,
+    "requests": 0,
+    "most_at_once": 0,
+    "at_once": 0,
+    "last": None,
+    "authorized": None,
+}
 LOCK = threading.Lock()
 
 
@@ -125,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             return self.end_headers()
         if mode == "slow":
-            time.sleep(0.3)
+            time.sleep(STATE["seconds"])
         choices = []
         for index, (ids, logprob, top) in enumerate(self.server.model.complete(body)):
             names = [f"token_id:{t}" for t in ids]

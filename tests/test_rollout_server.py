@@ -82,7 +82,7 @@ def served(sampling_server):
 
 @pytest.fixture
 def canned(canned_server):
-    canned_server.tell(mode=None, times=0, requests=0, most_at_once=0)
+    canned_server.tell(mode=None, times=0, seconds=0.3, requests=0, most_at_once=0)
     return canned_server
 
 
@@ -189,8 +189,8 @@ def test_what_cannot_pass_is_not_tried_again(canned, model, mode, reason):
 
 
 def test_a_server_that_is_too_slow(canned, model):
-    canned.tell(mode="slow", times=1)
-    sampler = sampler_of(canned, model, timeout=0.1)
+    canned.tell(mode="slow", times=1, seconds=1.2)
+    sampler = sampler_of(canned, model, timeout=0.6)
     assert sampler([[3]]).completions() == [[5, 6, EOS]]  # the second attempt is in time
     canned.tell(mode="slow", times=100)
     with pytest.raises(ServerError, match="3 attempts; the last: timed out"):
