@@ -355,6 +355,18 @@ def test_lora_adapters_reload_and_score_the_same(pair_folders):
     assert summary["eval_loss"] != pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_under_bf16_autocast_the_margin_starts_at_exactly_0(pair_folders, kind):
+    """Packed and checkpointed: policy and reference go through the same tiles and the same casts."""
+    if kind == "lora":
+        pytest.importorskip("peft")
+    changes = dict(bf16=True, packing=True, gradient_checkpointing=True, finetuning_type=kind, max_steps=2)
+    run_dpo(DPOConfig(**run_options(pair_folders, **changes)))
+    first, second = read_log(pair_folders / "out")
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+    assert second["rewards/margins"] != 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [
