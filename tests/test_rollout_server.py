@@ -337,6 +337,26 @@ def test_adapters_are_merged_on_the_way_and_stay_as_they_are(served, tmp_path):
         check_recorded(model, RAGGED, 2, rollout)
 
 
+def test_of_several_processes_the_first_one_brings_the_weights(model, tmp_path, monkeypatch):
+    """The others wait for its word, and a failure is raised on all."""
+    update = DiskUpdate(JSONClient(ServerOptions("http://127.0.0.1:1", attempts=1)), tmp_path / "new", "/update")
+    words = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda word: words.append(list(word)))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    update(model)
+    assert words == [[None]]
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(RuntimeError, match="http://127.0.0.1:1/update: no usable answer in 1 attempts"):
+        update(model)
+    assert "no usable answer" in words[1][0]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda word: word.__setitem__(0, "disk full"))
+    with pytest.raises(RuntimeError, match="disk full"):
+        update(model)
+
+
 def test_a_run_samples_from_the_weights_that_it_trains(served, tmp_path):
     """GRPO over the server: at every step its log-probabilities are the trainer's; with old weights they are not."""
     pytest.importorskip("accelerate")
