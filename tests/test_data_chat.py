@@ -38,7 +38,8 @@ def turns(text):
 
 def test_a_template_that_rewrites_history_scores_the_last_turn():
     rows = Rows.from_list([{"messages": turns("u a / a b c / u d / a e f")}, {"messages": turns("u a / a b c")}])
-    data = tokenize_sft(rows, word_tokenizer(template=REWRITING), max_length=100)
+    with pytest.warns(UserWarning, match="^1 conversations are scored in their last turn only"):
+        data = tokenize_sft(rows, word_tokenizer(template=REWRITING), max_length=100)
     assert marked(data, 0) == "<|user|> a <|assistant|> c </s> <|user|> d <|assistant|> e* f* </s>*"
     assert marked(data, 1) == "<|user|> a <|assistant|> b* c* </s>*"
     assert data.stats.last_turn_only == 1
@@ -85,6 +86,8 @@ def test_a_header_that_opens_a_thought():
     talk = turns("u a / a b / u c / a nl d")  # the second answer goes on as the prompt began, the first does not
     data = encode({"messages": talk}, tokenizer)
     assert marked(data) == "<|user|> a <|assistant|> b* </s>* <|user|> c <|assistant|> nl d* </s>*"
+    near = encode({"messages": turns("u a / a nx")}, tokenizer)  # begins as the word nl does
+    assert marked(near) == "<|user|> a <|assistant|> <unk>* </s>*"
     with pytest.raises(
         ValueError, match="row 1: the chat template rewrites what comes before turn 2 or drops part of it"
     ):

@@ -6,6 +6,7 @@ never by comparing ids with the padding id.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -153,6 +154,12 @@ def tokenize_sft(
             origin.append(i)
     if not examples:
         raise ValueError(f"no row is left to train on: {stats}")
+    if stats.last_turn_only:
+        warnings.warn(
+            f"{stats.last_turn_only:,} conversations are scored in their last turn only: the chat template rewrites "
+            "earlier ones and does not mark assistant text with {% generation %}",
+            stacklevel=2,
+        )
     return flatten(examples, origin, stats)
 
 
