@@ -447,10 +447,41 @@ def bad_arguments_raise_on_every_rank(group):
     for op in (linear_logprob, fused, vocab_parallel_logprob):
         with raises(TypeError, "group must be a torch.distributed.ProcessGroup, got int"):
             op(hidden, shard, target, group=3)
-    with raises(ValueError, "lora must be None with a group"):
-        linear_logprob(hidden, shard, target, group=group, lora=(weight[:2], weight[:, :2], 1.0))
+    low = (weight[:2], shard[:, :2], at_last(1.0, 2.0))
+    for op in (linear_logprob, fused):
+        with raises(ValueError, "scalars, chunk sizes and segments"):
+            op(hidden, shard, target, group=group, lora=low)
     ours, ref = both(group, sizes, hidden, weight, bias, target, loss=weighted(23))
     close(ours[1], ref[1])
+
+
+@check()
+def low_rank_addition(group):
+    """a whole on every rank, b cut like the head; frozen heads and any mix of trained tensors; both ops."""
+    loss_fn = PolicyLoss("dapo", entropy_coef=0.1)
+    for sizes in LAYOUTS[group.size()]:
+        hidden, weight, bias, target = head(sizes)
+        g = torch.Generator().manual_seed(7)
+        a, b = (torch.randn(s, generator=g, dtype=torch.float64) / 2 for s in ((3, 8), (sum(sizes), 3)))
+        advantages = torch.randn(23, generator=g, dtype=torch.float64)
+        for trained in ("hwbar", "har", "r", "a"):
+            results = []
+            for spread in (True, False):
+                cut = (lambda x: mine(x, sizes, group)) if spread else (lambda x: x)  # noqa: B023
+                given = dict(h=hidden, w=cut(weight), b=cut(bias), a=a, r=cut(b))
+                given = {k: leaf(x) if k in trained else x for k, x in given.items()}
+                arguments = (given["h"], given["w"], target)
+                options = dict(bias=given["b"], lora=(given["a"], given["r"], 0.7), group=group if spread else None)
+                options |= dict(temperature=0.8, softcap=3.0, chunk_size=6)
+                out = linear_logprob(*arguments, **options, entropy=True)
+                batch = {"advantages": advantages}
+                fused = fused_linear_loss(*arguments, loss_fn, **options, batch=batch)
+                (weighted(23)(out) + 2 * fused.loss).backward()
+                grads = [given[k].grad for k in trained]
+                if not spread:
+                    grads = [mine(x, sizes, group) if k in "wbr" else x for k, x in zip(trained, grads, strict=True)]
+                results.append((*out, fused.loss.detach(), *grads))
+            close(*results)
 
 
 @check(3)
@@ -473,8 +504,15 @@ def registered_and_compiled_whole(group):
     hidden, weight, bias, target = head(sizes, n=14, dtype=torch.float32)
     hidden = hidden.nan_to_num(0)
     shard = leaf(mine(weight, sizes, group))
-    args = (leaf(hidden), shard, leaf(mine(bias, sizes, group)), target, group.group_name, 3)
-    opcheck(_vocab_parallel_logprob, (*args, 1.0, None, 1.0, -100, True, 4, None))
+    args = (leaf(hidden), shard, leaf(mine(bias, sizes, group)))
+    opcheck(
+        _vocab_parallel_logprob,
+        (*args, None, None, target, group.group_name, 3, 1.0, 1.0, None, 1.0, -100, True, 4, None),
+    )
+    low = leaf(torch.randn(2, hidden.shape[1])), leaf(mine(torch.randn(50, 2), sizes, group))
+    opcheck(
+        _vocab_parallel_logprob, (*args, *low, target, group.group_name, 7, 0.5, 1.0, None, 1.0, -100, True, 4, None)
+    )
 
     loss_fn = PolicyLoss("dapo")  # a mean over tokens needs no sequences
 

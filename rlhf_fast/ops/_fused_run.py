@@ -12,7 +12,7 @@ from rlhf_fast import _checks
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
-from rlhf_fast.ops._shards import Agreement, ShardedHead, Shards, sharded_head
+from rlhf_fast.ops._shards import Agreement, ShardedHead, Shards, lora_options, sharded_head
 from rlhf_fast.types import LossGrad, Metrics
 
 LossFn = Callable[[Tensor, "Tensor | None", dict[str, Any]], "Tensor | tuple[Tensor, Metrics]"]
@@ -56,7 +56,7 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
     loss, metrics = hidden.new_zeros((), dtype=dtype), {}
     with torch.autocast(hidden.device.type, enabled=False):
         args = (hidden, weight, bias, call.tf, step, call.want)
-        head = Head(*args, call.lora) if shards is None else sharded_head(*args, shards)
+        head = Head(*args, call.lora) if shards is None else sharded_head(*args, shards, call.lora)
         whole = getattr(call.loss_fn, "needs_batch", False)  # one chunk; its tiles are recomputed if it has several
         for chunk in _plan(count, max(count, 1) if whole else step, target != call.ignore_index, call.segments):
             rows = slice(chunk.start, chunk.stop) if live is None else live[chunk.start : chunk.stop]
@@ -65,14 +65,15 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
             merge_metrics(metrics, grad.metrics)
     counts = (n, head.rows_forward, head.rows_backward)
     metrics |= {name: torch.tensor(c) for name, c in zip(ROW_COUNTS, counts, strict=True)}
-    return Result(loss, logprob, entropy, metrics, (*head.grads(), head.dlora_a, head.dlora_b))
+    return Result(loss, logprob, entropy, metrics, (*head.grads(), *head.lora_grads()))
 
 
 def _shards(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Call) -> Shards:
     """How the vocabulary lies over the ranks; raises on every rank unless all were called alike."""
     segments = None if call.segments is None else call.segments.tolist()
     options = (call.tf, call.ignore_index, call.entropy, call.chunk_size, call.memory_budget, segments)
-    gradients = 2 * call.want.hidden + call.want.any
+    options = (*options, lora_options(call.lora))
+    gradients = 4 * call.want.lora_a + 2 * call.want.hidden + call.want.any
     return Shards.agreed(call.group, Agreement.of(hidden, weight, bias, target, options, gradients))
 
 

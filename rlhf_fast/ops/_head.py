@@ -173,6 +173,10 @@ class Head:
             dweight = empty(shape, dtype, device).copy_(dweight)
         return Grads(self.dhidden, dweight, self.dbias)
 
+    def lora_grads(self) -> tuple[Tensor, Tensor]:
+        """Gradients of lora's a and b over all tiles; of no elements where not wanted."""
+        return self.dlora_a, self.dlora_b
+
     def logits(self, h: Tensor) -> Tensor:
         """Raw logits (n, V) of h (n, D), in the tile buffer. First product."""
         self.rows_forward += h.shape[0]
@@ -249,9 +253,9 @@ class Head:
 
     def products(self, dz: Tensor, h: Tensor, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None) -> None:
         h = h.to(self.work)
-        through = None  # scaling * dz @ b, (k, r): what reaches a, and through it the hidden states
-        if self.lora is not None:
-            through = torch.mm(dz, self.lora.b).mul_(self.lora.scaling)
+        through = None
+        if self.lora is not None and (self.want.hidden or self.want.lora_a):
+            through = self._through(dz)
         if self.want.hidden:
             self._add_hidden(dz, through, rows, order, scale)
         if self.want.weight:
@@ -263,6 +267,10 @@ class Head:
             self._add_mm(self.dlora_a, through.t(), h, scale)
         if self.want.lora_b:
             self._add_mm(self.dlora_b, dz.t(), self._low_rank(h), scale)
+
+    def _through(self, dz: Tensor) -> Tensor:
+        """scaling * dz @ b, (k, r): what reaches a, and through it the hidden states."""
+        return torch.mm(dz, self.lora.b).mul_(self.lora.scaling)
 
     def _add_hidden(
         self, dz: Tensor, through: Tensor | None, rows: Tensor | slice, order: Tensor | None, scale: Tensor | None

@@ -164,5 +164,5 @@ def backward(
             h = hidden[rows]
             stats, grads = parts(rows)
             head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
-    out = (*head.grads(), head.dlora_a, head.dlora_b)
+    out = (*head.grads(), *head.lora_grads())
     return tuple(g if x is None else g.to(x.dtype) for g, x in zip(out, inputs, strict=True))

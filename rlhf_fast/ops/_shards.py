@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._head import Head, Wanted
+from rlhf_fast.ops._head import Head, Lora, Wanted
 from rlhf_fast.ops._rows import RowStats, Transform, join_stats
 from rlhf_fast.types import LossGrad
 
@@ -70,15 +70,18 @@ def resolve(group_name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group_name)
 
 
-def check_group(group: object, lora: object = None) -> str:
+def lora_options(lora: Lora | None) -> tuple[int, float] | None:
+    """What the ranks must agree about: rank and scaling."""
+    return lora and (lora.a.shape[0], lora.scaling)
+
+
+def check_group(group: object) -> str:
     """The group's name; raise unless `group` is a process group that this rank belongs to."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         hint = ": pass mesh.get_group()" if hasattr(group, "get_group") else ""
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}{hint}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"group must contain this rank, got ranks {dist.get_process_group_ranks(group)}")
-    if lora is not None:
-        raise ValueError("lora must be None with a group: a low-rank addition to a sharded head is not supported")
     return group.group_name
 
 
@@ -171,8 +174,8 @@ class Shards:
 
 
 class ShardedHead(Head):
-    """The products of one shard. `stats` takes global targets and gives statistics of whole rows; the gradient of the
-    hidden states is complete on every rank, those of weight and bias are the shard's."""
+    """The products of one shard. `stats` takes global targets and gives statistics of whole rows; the gradients of the
+    hidden states and of lora's a are complete on every rank, those of weight, bias and lora's b are the shard's."""
 
     def __init__(
         self,
@@ -183,8 +186,9 @@ class ShardedHead(Head):
         rows: int,
         want: Wanted,
         shards: Shards,
+        lora: Lora | None = None,
     ):
-        super().__init__(hidden, weight, bias, tf, rows, want)
+        super().__init__(hidden, weight, bias, tf, rows, want, lora)
         self.shards = shards
         self.want_hidden, self.want = want.hidden, want._replace(hidden=False)  # this class sees to the first
 
@@ -222,7 +226,16 @@ class ShardedHead(Head):
     def _share_of_hidden(self, dz: Tensor) -> Tensor:
         """This shard's part of the hidden states' gradient, in fp32: it is summed before it is rounded. (On the CPU
         oneDNN has rounded a bf16 product already.)"""
-        return self._mm(dz, self.weight, self.wide).to(self.acc)
+        dh = self._mm(dz, self.weight, self.wide).to(self.acc)
+        if self.lora is not None:
+            self._add_mm(dh, self._through(dz), self.lora.a)
+        return dh
+
+    def lora_grads(self) -> tuple[Tensor, Tensor]:
+        """One collective where the gradient of a is wanted."""
+        if self.want.lora_a:
+            dist.all_reduce(self.dlora_a, group=self.shards.group)
+        return self.dlora_a, self.dlora_b
 
 
 class EmptyShard(ShardedHead):
@@ -248,8 +261,15 @@ class EmptyShard(ShardedHead):
 
 
 def sharded_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tf: Transform, rows: int, want: Wanted, shards: Shards
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tf: Transform,
+    rows: int,
+    want: Wanted,
+    shards: Shards,
+    lora: Lora | None = None,
 ) -> ShardedHead:
     """The products of this rank's shard."""
     kind = ShardedHead if weight.shape[0] else EmptyShard
-    return kind(hidden, weight, bias, tf, rows, want, shards)
+    return kind(hidden, weight, bias, tf, rows, want, shards, lora)

@@ -75,7 +75,7 @@ def fused_linear_loss(
         group: the vocabulary is spread over this process group, as in `vocab_parallel_logprob`: `weight` and `bias`
             are this rank's rows, `target` holds global ids, hidden and the rest are the same on every rank. loss_fn
             runs on every rank, and the first rank's loss and gradient count. Every rank's hidden states get the
-            whole gradient, `weight` and `bias` that of their rows. Not together with `lora`.
+            whole gradient, `weight` and `bias` that of their rows. lora: a whole, and this rank's rows of b.
     Returns: FusedLoss(loss (), logprob, entropy or None, metrics). `loss` is differentiable and honours any upstream
         scalar; the rest are constants of the shape of `target`, zero where not scored. `metrics` holds what loss_fn
         returned, added over chunks (names ending in _max or _min: the extreme), and the rows that entered each
@@ -95,7 +95,7 @@ def fused_linear_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    name = None if group is None else check_group(group, lora)
+    name = None if group is None else check_group(group)
     with Joined(group):
         hidden, weight, bias = check_head(hidden, weight, bias, target, shard=group is not None)
         tf = check_transform(temperature, logit_scale, softcap)

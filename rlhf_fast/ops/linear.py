@@ -65,7 +65,7 @@ def linear_logprob(
             rows: three products for the rows that are kept, four for the others. With `chunk_size`, `lora` or
             `token_stats`, without gradients and under torch.compile nothing is kept.
         group: the head's rows are spread over this process group, `weight` and `bias` being this rank's: see
-            `vocab_parallel_logprob`, which is what runs. Not together with `lora` or `token_stats`.
+            `vocab_parallel_logprob`, which is what runs. Not together with `token_stats`.
     Returns: LogProb(logprob, entropy or None, lse), or TokenLogProb, each of the shape of `target`, fp32 (fp64 for
         fp64 inputs), on the inputs' device. These three are differentiable.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
@@ -82,11 +82,11 @@ def linear_logprob(
     if group is not None:
         from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
 
-        check_group(group, lora)
+        check_group(group)
         if token_stats:
             raise ValueError("token_stats cannot be had over a process group: leave out one of token_stats and group")
         options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)
-        options |= dict(entropy=entropy, chunk_size=chunk_size, memory_budget=memory_budget)
+        options |= dict(entropy=entropy, lora=lora, chunk_size=chunk_size, memory_budget=memory_budget)
         return vocab_parallel_logprob(hidden, weight, target, group=group, bias=bias, **options)
     hidden, weight, bias = check_head(hidden, weight, bias, target)
     tf = check_transform(temperature, logit_scale, softcap)

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_fast.ops._head import Wanted, tile_rows
+from rlhf_fast.ops._head import Lora, Wanted, tile_rows, wanted
 from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
-from rlhf_fast.ops._shards import Agreement, Joined, Shards, check_group, resolve, sharded_head
-from rlhf_fast.ops.linear import check_chunk, check_head, check_transform
+from rlhf_fast.ops._shards import Agreement, Joined, Shards, check_group, lora_options, resolve, sharded_head
+from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
 from rlhf_fast.types import LogProb
 
 
@@ -34,6 +34,7 @@ def vocab_parallel_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> LogProb:
@@ -54,6 +55,8 @@ def vocab_parallel_logprob(
         target: (N,) or (...) int64 or int32: ids in the whole vocabulary, the same on every rank.
         group: of any backend that has `all_gather`, `all_reduce` and `broadcast` on the tensors' device.
         bias: (V_r,), this rank's entries, or None on every rank. Differentiable.
+        lora: (a (r, D), the same on every rank; b (V_r, r), this rank's rows; scaling), or None on every rank. The
+            gradient of a is complete on every rank, as that of the hidden states.
         temperature, logit_scale, softcap, ignore_index, entropy, chunk_size, memory_budget: as in `linear_logprob`;
             the tile is sized for the largest shard, so that all ranks cut alike.
     Returns: LogProb(logprob, entropy or None, lse), each of the shape of `target`, fp32 (fp64 for fp64 inputs), the
@@ -76,12 +79,13 @@ def vocab_parallel_logprob(
         hidden, weight, bias = check_head(hidden, weight_shard, bias, target, shard=True)
         tf = check_transform(temperature, logit_scale, softcap)
         chunk, budget = check_chunk(chunk_size, memory_budget)
-    inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    on = torch.is_grad_enabled()
-    gradients = 2 * (on and hidden.requires_grad) + (on and any(x is not None and x.requires_grad for x in inputs))
+        a, b, scaling = check_lora(lora, hidden, weight)
+    inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, a, b)
+    want = wanted(*inputs)
+    gradients = 4 * want.lora_a + 2 * want.hidden + want.any
     logprob, h, lse, *_ = _vocab_parallel_logprob(
         *(*inputs, target.reshape(-1), name, int(gradients)),
-        *(*tf, ignore_index, entropy, chunk, budget),
+        *(scaling, *tf, ignore_index, entropy, chunk, budget),
     )
     shape = target.shape
     return LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
@@ -92,9 +96,12 @@ def _vocab_parallel_logprob(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     group: str,
     gradients: int,
+    lora_scaling: float,
     scale: float,
     softcap: float | None,
     inv_temperature: float,
@@ -104,7 +111,8 @@ def _vocab_parallel_logprob(
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy or empty, lse, row max, log-sum), each (N,), and the sizes of the shards (W,), on the CPU."""
-    options = (scale, softcap, inv_temperature, ignore_index, entropy, chunk_size, memory_budget)
+    lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
+    options = (scale, softcap, inv_temperature, ignore_index, entropy, chunk_size, memory_budget, lora_options(lora))
     shards = Shards.agreed(group, Agreement.of(hidden, weight, bias, target, options, gradients))
     live = scored_rows(target, ignore_index, shards.vocab)
     n, dtype = target.shape[0], stat_dtype(hidden.dtype)
@@ -113,7 +121,7 @@ def _vocab_parallel_logprob(
     local = hidden.new_empty((3 + entropy, count), dtype=dtype)
     tf = Transform(scale, softcap, inv_temperature)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = sharded_head(hidden, weight, bias, tf, step, Wanted(False, False, False), shards)
+        head = sharded_head(hidden, weight, bias, tf, step, Wanted(False, False, False), shards, lora)
         for start in range(0, count, step):
             tile = slice(start, min(start + step, count))
             rows = tile if live is None else live[tile]
@@ -130,7 +138,7 @@ def _vocab_parallel_logprob(
 
 
 @_vocab_parallel_logprob.register_fake
-def _(hidden, weight, bias, target, group, gradients, scale, softcap, inv_temperature, ignore_index, entropy, *_):
+def _(hidden, weight, bias, a, b, target, group, gradients, lora_scaling, scale, softcap, inv_t, ignore, entropy, *_):
     n, dtype = hidden.shape[0], stat_dtype(hidden.dtype)
     per_row = (hidden.new_empty(size, dtype=dtype) for size in (n, n if entropy else 0, n, n, n))
     return *per_row, torch.empty(resolve(group).size(), dtype=torch.int64, device="cpu")
@@ -141,6 +149,8 @@ def _vocab_parallel_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     target: Tensor,
     entropy: Tensor,
     row_max: Tensor,
@@ -150,6 +160,7 @@ def _vocab_parallel_logprob_backward(
     dentropy: Tensor,
     dlse: Tensor,
     group: str,
+    lora_scaling: float,
     scale: float,
     softcap: float | None,
     inv_temperature: float,
@@ -157,8 +168,9 @@ def _vocab_parallel_logprob_backward(
     chunk_size: int | None,
     memory_budget: int | None,
     want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (complete), weight and bias (of the shard), in their dtypes; empty where not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden and lora_a (complete), weight, bias and lora_b (of the shard), in their dtypes; empty where
+    not wanted."""
     shards = Shards(group, sizes.tolist())
     has_entropy = entropy.numel() > 0
     dlogprob, dlse, dentropy = shards.from_first(dlogprob, dlse, dentropy if has_entropy else None)
@@ -167,21 +179,23 @@ def _vocab_parallel_logprob_backward(
     count = live.shape[0]
     step = tile_rows(count, shards.widest, hidden.dtype, hidden.device, chunk_size, memory_budget)
     tf = Transform(scale, softcap, inv_temperature)
+    lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = sharded_head(hidden, weight, bias, tf, step, Wanted(*want), shards)
+        head = sharded_head(hidden, weight, bias, tf, step, Wanted(*want), shards, lora)
         for start in range(0, count, step):
             rows = live[start : start + step]
             h = hidden[rows]
             stats = RowStats(dlogprob[rows], row_max[rows], log_sum[rows], entropy[rows] if has_entropy else None)
             grads = (dlogprob[rows], dentropy[rows] if has_entropy else None, dlse[rows])
             head.backward(head.logits(h), h, rows, target[rows].long(), stats, *grads)
-    dhidden, dweight, dbias = head.grads()
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+        grads = (*head.grads(), *head.lora_grads())
+    inputs = (hidden, weight, bias, lora_a, lora_b)
+    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 @_vocab_parallel_logprob_backward.register_fake
-def _(hidden, weight, bias, *args):
-    inputs = (hidden, weight, bias)
+def _(hidden, weight, bias, lora_a, lora_b, *args):
+    inputs = (hidden, weight, bias, lora_a, lora_b)
     return tuple(
         (weight if x is None else x).new_empty(x.shape if want else (0,))
         for x, want in zip(inputs, args[-1], strict=True)
@@ -189,9 +203,9 @@ def _(hidden, weight, bias, *args):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.group, _ = inputs[:6]
-    *scalars, ctx.chunk_size, ctx.memory_budget = inputs[6:]
-    ctx.scalars = scalars[:4]
+    *tensors, ctx.group, _ = inputs[:8]
+    *scalars, ctx.chunk_size, ctx.memory_budget = inputs[8:]
+    ctx.scalars = scalars[:5]
     _, entropy, _, row_max, log_sum, sizes = output
     ctx.mark_non_differentiable(row_max, log_sum, sizes)
     ctx.set_materialize_grads(True)
@@ -199,12 +213,12 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dlogprob, dentropy, dlse, *_):
-    want = [bool(w) for w in ctx.needs_input_grad[:3]]
+    want = [bool(w) for w in ctx.needs_input_grad[:5]]
     grads = _vocab_parallel_logprob_backward(
         *(*ctx.saved_tensors, dlogprob, dentropy, dlse, ctx.group, *ctx.scalars),
         *(ctx.chunk_size, ctx.memory_budget, want),
     )
-    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 10)
+    return (*(g if w else None for g, w in zip(grads, want, strict=True)), *(None,) * 11)
 
 
 _vocab_parallel_logprob.register_autograd(_backward, setup_context=_save)
