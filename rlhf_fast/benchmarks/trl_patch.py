@@ -2,10 +2,11 @@
 
     python -m rlhf_fast.benchmarks.trl_patch --output benchmarks/results
 
-Two layers of width 256 and a vocabulary of 32,000: most of a step is the head, as it is at the batch sizes of RL with a
-small model. Trainers run in turn in one process, each for a few whole steps of `train()`, optimiser included; GRPO's
-completions are given, since a sampler belongs to neither side. Memory: the high-water mark of a step over what is resident at its beginning, in a fresh process. Error: of the loss's gradients by
-hidden states and head against fp64, on the same numbers.
+Two layers of width 256 and a vocabulary of 32,000: most of a step is the head, as it is at the batch sizes of RL with
+a small model. Trainers run in turn in one process, each for a few whole steps of `train()`, optimiser included;
+GRPO's completions are given, since a sampler belongs to neither side. Memory: the high-water mark of a step over what
+is resident at its beginning, in a fresh process. Error: of the loss's gradients by hidden states and head against
+fp64, on the same numbers.
 
 On the CPU TRL scores prompts and padding too, on a GPU it does not: `trl, scored rows` leaves them out, so that what
 remains between it and the patch is the computation.
@@ -33,7 +34,7 @@ from rlhf_fast.benchmarks.measure import median
 
 MODULE = "rlhf_fast.benchmarks.trl_patch"  # also when it is run as __main__
 VOCAB, WIDTH, LAYERS = 32_000, 256, 2
-PROMPT, SHORT, LONG = 64, 128, 256  # tokens: of a prompt, of the shortest and the longest completion
+PROMPT, SHORT, LONG = 32, 128, 256  # tokens: of a prompt, of the shortest and the longest completion
 SEQUENCES = 4  # of a step: 4 completions of one prompt, or 2 pairs
 STEPS = 3  # of a run; the first warms up
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,7 +46,7 @@ def run(
     hosts: tuple[str, ...] = ("grpo", "dpo"), dtypes: tuple[str, ...] = ("fp32", "bf16"), rounds: int = 3,
     memory: bool = True, notify: Notify = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """{host: {dtype: {mode: {"step_seconds", "seconds", "loss", "extra_mb"}}}} and the errors and the setting."""
+    """{host: {dtype: {mode: {"step_seconds", "cpu_seconds", "seconds", "loss", "extra_mb"}}}}, "error", "setting"."""
     result: dict[str, Any] = {host: {} for host in hosts}
     with tempfile.TemporaryDirectory() as name, quiet():
         folder = Path(name)
@@ -66,19 +67,21 @@ def run(
 
 
 def _race(folder: Path, host: str, dtype: str, rounds: int, notify: Notify) -> dict[str, Any]:
-    """Seconds per step of every mode: medians over all rounds' steps after the first."""
-    rows: dict[str, Any] = {mode: {"seconds": []} for mode in MODES[host]}
+    """Seconds per step of every mode, and those of all threads together, which a busy machine changes less: medians
+    over all rounds' steps after the first."""
+    rows: dict[str, Any] = {mode: {"seconds": [], "cpu": []} for mode in MODES[host]}
     for i in range(rounds):
         names = list(rows)
         for mode in names[i % len(names) :] + names[: i % len(names)]:
             notify(f"trl_patch: {host}, {dtype}, round {i + 1} of {rounds}, {mode}")
             with served(mode):
-                ends, losses = train(folder, host, dtype, mode)
-            rows[mode]["seconds"] += [b - a for a, b in zip(ends, ends[1:], strict=False)]
+                clock, losses = train(folder, host, dtype, mode)
+            for kind, ends in (("seconds", clock.ends), ("cpu", clock.cpu)):
+                rows[mode][kind] += [b - a for a, b in zip(ends, ends[1:], strict=False)]
             rows[mode]["loss"] = losses
             gc.collect()
     for row in rows.values():
-        row["step_seconds"] = median(row["seconds"])
+        row |= {"step_seconds": median(row["seconds"]), "cpu_seconds": median(row.pop("cpu"))}
     return rows
 
 
@@ -135,8 +138,10 @@ def prepare(folder: Path) -> None:
     make_tokenizer().save_pretrained(folder / "model")
 
 
-def train(folder: Path, host: str, dtype: str, mode: str, clock: Any = None) -> tuple[list[float], list[float]]:
-    """A short `train()` of the host's trainer: the times at which its steps ended, and their losses."""
+def train(
+    folder: Path, host: str, dtype: str, mode: str, clock: Any = None, steps: int = STEPS
+) -> tuple[Any, list[float]]:
+    """A short `train()` of the host's trainer: the clock that watched it, and the losses of its steps."""
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -145,7 +150,7 @@ def train(folder: Path, host: str, dtype: str, mode: str, clock: Any = None) -> 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left" if host == "grpo" else "right")
     clock = clock or _clock()
     common = dict(
-        output_dir=str(folder / "out"), max_steps=STEPS, learning_rate=1e-4, lr_scheduler_type="constant",
+        output_dir=str(folder / "out"), max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant",
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
         save_strategy="no", logging_steps=1, seed=0,
     )  # fmt: skip
@@ -163,7 +168,7 @@ def train(folder: Path, host: str, dtype: str, mode: str, clock: Any = None) -> 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(clock)
     trainer.train()
-    return clock.ends, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return clock, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 class Completions:
@@ -212,12 +217,14 @@ def _clock(on_begin: Callable[[], None] = lambda: None, on_end: Callable[[], Non
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.ends: list[float] = []
+            self.cpu: list[float] = []
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             on_begin()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.ends.append(time.perf_counter())
+            self.cpu.append(time.process_time())
             on_end()
 
     return Clock()
@@ -227,8 +234,8 @@ def _clock(on_begin: Callable[[], None] = lambda: None, on_end: Callable[[], Non
 
 
 def _memory(folder: Path, host: str, dtype: str, mode: str) -> float:
-    """MB of a step's peak over what is resident at its beginning: the largest of the steps but the first."""
-    command = [sys.executable, "-m", MODULE, "--memory", str(folder), host, dtype, mode]
+    """MB of a step's peak over what is resident at its beginning: the second step's."""
+    command = [sys.executable, "-m", MODULE, "memory-of", str(folder), host, dtype, mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
@@ -246,8 +253,9 @@ def _measure_memory(folder: str, host: str, dtype: str, mode: str) -> None:
         resident = memory.reset_peak()
 
     with quiet(), served(mode):
-        train(Path(folder), host, dtype, mode, _clock(begin, lambda: peaks.append(memory.peak_bytes() - resident)))
-    print(json.dumps(max(peaks[1:])))
+        watch = _clock(begin, lambda: peaks.append(memory.peak_bytes() - resident))
+        train(Path(folder), host, dtype, mode, watch, steps=2)
+    print(json.dumps(peaks[1]))
 
 
 # ---- error -----------------------------------------------------------------------------------------------------
@@ -291,15 +299,14 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     for host in MODES:
         for dtype, rows in result.get(host, {}).items():
             table = Table(title=f"TRL {host.upper()}, {dtype}", title_justify="left")
-            for name in ("", "s / step", "x trl", "extra MB", "x trl", "last loss"):
+            for name in ("", "s / step", "x trl", "CPU s", "x trl", "extra MB", "x trl", "last loss"):
                 table.add_column(name, justify="left" if not name else "right")
             first = rows["trl"]
             for mode, row in rows.items():
-                cells = [f"{row['step_seconds']:.3f}", f"{row['step_seconds'] / first['step_seconds']:.2f}"]
-                if "extra_mb" in row:
-                    cells += [f"{row['extra_mb']:.0f}", f"{row['extra_mb'] / first['extra_mb']:.2f}"]
-                else:
-                    cells += ["", ""]
+                cells = []
+                for key, digits in (("step_seconds", 3), ("cpu_seconds", 3), ("extra_mb", 0)):
+                    known = key in row
+                    cells += [f"{row[key]:.{digits}f}", f"{row[key] / first[key]:.2f}"] if known else ["", ""]
                 table.add_row(mode, *cells, f"{row['loss'][-1]:.6f}")
             yield table
     table = Table(title="relative error against fp64", title_justify="left")
@@ -315,11 +322,12 @@ def main(arguments: list[str]) -> None:
     """Run, print, and save where --output says."""
     import argparse
 
-    if arguments[:1] == ["--memory"]:
+    if arguments[:1] == ["memory-of"]:
         return _measure_memory(*arguments[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder for a JSON file")
+    parser.add_argument("--output", type=Path, help="folder for a JSON file a host and dtype")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--host", choices=MODES, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     options = parser.parse_args(arguments)
@@ -331,12 +339,14 @@ def main(arguments: list[str]) -> None:
     console.print(report.hardware_line(info))
     notify = lambda text: print(text, file=sys.stderr)  # noqa: E731
     hosts, dtypes = tuple(options.host or MODES), tuple(options.dtype or DTYPES)
-    result = run(hosts, dtypes, options.rounds, notify=notify)
-    for table in tables(result):
-        console.print(table)
-    if options.output is not None:
-        for path in report.save(options.output, "trl-patch", info, [], {"trl_patch": result}):
-            console.print(f"wrote {path}")
+    for dtype in dtypes:
+        for host in hosts:
+            result = run((host,), (dtype,), options.rounds, options.memory, notify)
+            for table in tables(result):
+                console.print(table)
+            if options.output is not None:
+                for path in report.save(options.output, f"trl-{host}-{dtype}", info, [], {"trl_patch": result}):
+                    console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":
