@@ -313,6 +313,9 @@ def test_new_weights_are_brought_over(served, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == [f"weights-{version}"]
     written = (tmp_path / "weights-2" / "model.safetensors").stat().st_mtime_ns
     sampler(RAGGED)  # unchanged: nothing is written
+    another = DiskUpdate(JSONClient(ServerOptions(served.url)), tmp_path, "/update_weights_from_disk")
+    sampler_of(served, model, sync=another)(RAGGED)  # nor by another sampler, such as that of an evaluation
+    assert [p.name for p in tmp_path.iterdir()] == ["weights-2"]
     assert (tmp_path / "weights-2" / "model.safetensors").stat().st_mtime_ns == written
     served.tell(mode="refuse")
     changed(model)

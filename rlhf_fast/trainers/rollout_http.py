@@ -74,13 +74,17 @@ class JSONClient:
         self._jitter = random.Random()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
+    def address(self, url: str) -> str:
+        """A whole URL as it is, a path on the server."""
+        return url if "://" in url else self.base + url
+
     def call(self, url: str, body: Any = None, *, check: Callable[[Any], Any] = lambda answer: answer) -> Any:
         """`check(answer)` of a GET, or of a POST of `body`. A `BadAnswer` of `check` is tried again too.
 
         Raises: ServerError.
         """
         options, reason = self.options, ""
-        url = url if "://" in url else self.base + url
+        url = self.address(url)
         for attempt in range(1, options.attempts + 1):
             try:
                 return check(self._once(url, body))

@@ -14,6 +14,8 @@ from torch import nn
 
 from rlhf_fast.trainers.rollout_http import BadAnswer, JSONClient
 
+# What this process last told each server (by the address it announced it to): samplers come and go, servers stay.
+HELD: dict[str, tuple[int, ...]] = {}
 BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -66,12 +68,13 @@ class DiskUpdate:
         body: what is posted; "{path}" becomes the folder's path.
     Notes: adapters are merged in a copy of the model, which takes its memory once more; the policy is never touched.
         In a distributed run the first process writes and tells, the others wait, and a failure is raised on all.
+        Weights that the server has been told of already are not written again; a server that is started anew in the
+        middle of a run does not say so and samples from what it was started with.
     """
 
     def __init__(self, client: JSONClient, folder: str | Path, url: str, body: Any = None):
         self.client, self.folder, self.url = client, Path(folder), url
         self.body = {"model_path": "{path}"} if body is None else body
-        self._version = 0
 
     def __call__(self, model: nn.Module) -> None:
         error: list[str | None] = [None]
@@ -89,14 +92,18 @@ class DiskUpdate:
                 raise RuntimeError(error[0])
 
     def _update(self, model: nn.Module) -> None:
+        address, now = self.client.address(self.url), fingerprint(model)
+        if HELD.get(address) == now:
+            return
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
-        self._version += 1
-        new, old = (self.folder / f"weights-{k}" for k in (self._version, self._version - 1))
-        shutil.rmtree(new, ignore_errors=True)
+        old = {int(p.name.rpartition("-")[2]): p for p in self.folder.glob("weights-*")}
+        new = self.folder / f"weights-{max(old, default=0) + 1}"
         model.save_pretrained(new)
         self.client.call(self.url, _fill(self.body, str(new.resolve())), check=_accepted)
-        shutil.rmtree(old, ignore_errors=True)
+        HELD[address] = now
+        for folder in old.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fill(body: Any, path: str) -> Any:
