@@ -64,7 +64,7 @@ class DiskUpdate:
         client: how the server is reached.
         folder: must be readable by the server under the same path. Each version gets a folder of its own in it, the
             one before is removed once the server has taken the new one.
-        url: "/update_weights_from_disk" (SGLang), "/collective_rpc" (vLLM in development mode), or a whole URL.
+        url: a path on the server, such as SGLang's "/update_weights_from_disk", or a whole URL.
         body: what is posted; "{path}" becomes the folder's path.
     Notes: adapters are merged in a copy of the model, which takes its memory once more; the policy is never touched.
         In a distributed run the first process writes and tells, the others wait, and a failure is raised on all.
