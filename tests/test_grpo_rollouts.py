@@ -66,6 +66,7 @@ def test_batches_are_joined_and_picked_apart(tmp_path):
     first, second = collect(it, 4), collect(it, 4)
     steps = Steps(torch.tensor([0, 0]), torch.tensor([1, 9]), torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
     first = first._replace(scores=first.scores._replace(steps=steps))
+    second = second._replace(scores=second.scores._replace(steps=steps._replace(value=steps.value + 10)))
     mask = torch.rand(len(second.rollout.ids)) < 0.5
     second = second._replace(rollout=second.rollout._replace(mask=mask))
     both = join(first, second)
@@ -82,8 +83,9 @@ def test_batches_are_joined_and_picked_apart(tmp_path):
     assert picked.rollout.mask[both.rollout.lengths[rows[:4]].sum() :].all()  # the first batch had no mask: all sampled
     assert torch.equal(picked.scores.total, both.scores.total[rows])
     assert [p.text for p in picked.prompts] == [both.prompts[g].text for g in wanted]
-    assert picked.scores.steps.row.tolist() == [9, 5]  # rows 1 and 9 of the join stand at 9 and 5 now
-    assert picked.scores.steps.value.tolist() == [1.0, 2.0]
+    # of the rows 1, 9, 32 + 1, 32 + 9 of the join, 1, 9 and 41 were picked
+    assert picked.scores.steps.row.tolist() == [9, 5, 1]
+    assert picked.scores.steps.value.tolist() == [1.0, 2.0, 12.0]
 
 
 # ---- conversations
@@ -162,7 +164,10 @@ def test_steps_with_responses_from_elsewhere(tmp_path):
     assert it.loop.state.global_step == 8
     for bad, message in (
         (dict(scores=[1.0]), r"scores must be \(8,\), one for each response, got \(1,\)"),
-        (dict(queries=["1>", "2>", "3>"]), "queries must hold one for each of 8 responses or each of their groups, got 3"),
+        (
+            dict(queries=["1>", "2>", "3>"]),
+            "queries must hold one for each of 8 responses or each of their groups, got 3",
+        ),
         (dict(responses=[[]] * 8), "row 0 is empty"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -169,6 +169,13 @@ def test_smoothed_line_is_the_running_mean():
         ("peak_memory_mb", "memory, MB"),
         ("epoch", None),
         ("step", None),
+        ("kl_k3", "KL"),
+        ("zero_std_groups", "groups of equal rewards"),
+        ("sampler_logprob_gap_max", "sampler against trainer"),
+        ("rollout_ess", "sampler against trainer"),
+        ("eval_exact_match", "evaluation"),
+        ("eval_reward", "reward"),
+        ("eval_samples_per_second", None),
     ],
 )
 def test_panel_of(name, panel):

@@ -35,11 +35,15 @@ PANELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("value function", frozenset({"value", "values", "explained", "returns", "advantage", "advantages"})),
     ("length", frozenset({"length", "lengths", "len"})),
     ("ratio", frozenset({"ratio"})),
+    ("groups of equal rewards", frozenset({"groups"})),
+    ("sampler against trainer", frozenset({"gap", "ess"})),
     ("gradient norm", frozenset({"grad"})),
     ("learning rate", frozenset({"lr", "learning"})),
     ("tokens / s", frozenset({"tokens"})),
     ("memory, MB", frozenset({"memory"})),
+    ("evaluation", frozenset({"eval"})),  # whatever a run measures there
 )
+_NOT_DRAWN = frozenset({"runtime", "second"})  # how fast an evaluation was
 _SMOOTH_FROM = 100  # points; longer series get a running mean over the faint raw line
 
 
@@ -303,6 +307,8 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[list[float]
 def panel_of(name: str) -> str | None:
     """The panel of a metric by the words of its name (`eval/clip_fraction` has three)."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if "eval" in words and words & _NOT_DRAWN:
+        return None
     return next((title for title, wanted in PANELS if words & wanted), None)
 
 
