@@ -406,6 +406,20 @@ def test_ref_model_is_another_model(pair_folders):
         run_dpo(DPOConfig(**options))
 
 
+def test_ref_model_adapters_are_merged_into_the_reference(pair_folders):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    run_dpo(DPOConfig(**run_options(pair_folders, "adapter", finetuning_type="lora", lora_rank=2, learning_rate=0.1)))
+    adapter = str(pair_folders / "adapter")
+    options = dict(ref_model=str(pair_folders / "model"), ref_model_adapters=adapter, max_steps=1)
+    run_dpo(DPOConfig(**run_options(pair_folders, **options, per_device_train_batch_size=8)))
+    reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair_folders / "model"), adapter)
+    expected = plain_sigmoid(tiny(dtype=torch.float32), reference, pair_data(), 0.1).item()
+    assert read_log(pair_folders / "out")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - math.log(2)) > 1e-3
+
+
 # ---- options
 
 

@@ -127,7 +127,7 @@ class ReferenceTrainer(FusedTrainer):
                 continue
             key = hashlib.blake2b(_hash_rows(dataset) + weights + options.encode(), digest_size=16).hexdigest()
             path = folder / f"ref_logprobs-{key}.npy"
-            found = path.is_file()
+            found = bool(self.accelerator.gather(torch.tensor([path.is_file()], device=self.args.device)).all())
             sums = np.load(path, allow_pickle=False) if found else self._all_sums(dataset, batch_size)
             if not found and self.args.should_save:
                 _save_array(path, sums)

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import samples, task
 
-PROMPTS, PAIRS = 14_000, 8_000
+PROMPTS, PAIRS = 20_000, 8_000
 
 DPO: dict[str, Any] = dict(
     stage="dpo",
@@ -37,7 +37,7 @@ def demo(
 
     Args:
         output: gets the data, the configs, the SFT model under sft/, and the files of the DPO run.
-        prompts, pairs: how many prompts are sampled, and how many pairs are made of them at most.
+        prompts, pairs: how many prompts may be sampled until there are so many pairs.
         overrides: options of the DPO stage.
     """
     from rlhf_fast.trainers.config import load_config, run
@@ -45,7 +45,7 @@ def demo(
     output = Path(output)
     start = task.start(output, seed, prompts, title="dpo", quiet=quiet)
     data = output / "data" / "pairs.jsonl"
-    count = samples.write_pairs(data, samples.sample(start.sft, start.prompts, seed), pairs)
+    count = samples.write_pairs(data, samples.sample(start.sft, start.prompts, seed, mixed=pairs), pairs)
     config = start.config("dpo", DPO | dict(overrides or {}), model=start.sft, data=data, out=output)
     start.console.print(
         f"\n[bold]DPO[/] on {count:,} pairs, sampled from the SFT model {samples.PER_PROMPT} times a prompt and judged "

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import samples, task
 
-PROMPTS, PAIRS, HELD_OUT_PAIRS = 19_500, 10_000, 1_000
+PROMPTS, PAIRS, HELD_OUT_PAIRS = 25_000, 10_000, 1_000
 
 RM: dict[str, Any] = dict(
     stage="rm",
@@ -43,7 +43,7 @@ def demo(
 
     Args:
         output: gets the data, the configs, the SFT model under sft/, and the reward model with its run's files.
-        prompts, pairs: how many prompts are sampled, and how many pairs are made of them at most.
+        prompts, pairs: how many prompts may be sampled until there are so many pairs.
         overrides: options of the rm stage.
     """
     output = Path(output)
@@ -68,15 +68,15 @@ def demo(
 def train_reward_model(
     start: task.Start, out: Path, *, pairs: int = PAIRS, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Sample all of the start's prompts, make pairs, train a reward model into `out`; its summary.
+    """Sample the start's prompts, make pairs, train a reward model into `out`; its summary.
 
     A tenth as many pairs are held out, of prompts that no other pair has.
     """
     from rlhf_fast.trainers.config import load_config, run
 
-    found = samples.sample(start.sft, start.prompts, start.seed)
     held = min(HELD_OUT_PAIRS, pairs // 10)
-    mixed = [j for j in found if j.right and j.wrong]
+    found = samples.sample(start.sft, start.prompts, start.seed, mixed=pairs + held)
+    mixed = samples.both(found)
     if len(mixed) <= held:
         raise ValueError(
             f"only {len(mixed)} of {len(found)} prompts have a right and a wrong sample: give more prompts"

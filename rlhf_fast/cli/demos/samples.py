@@ -22,8 +22,9 @@ class Judged(NamedTuple):
     wrong: list[str]
 
 
-def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, skip: int = 0) -> list[Judged]:
-    """Sample the model in `folder` on rows skip, skip + 1, ... of `data`; `count` None: all of them.
+def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, mixed: int | None = None) -> list[Judged]:
+    """Sample the model in `folder` on the first `count` rows of `data`, or until `mixed` prompts have a right and a
+    wrong sample; None: on all.
 
     A completion cut at the limit is left out: as an answer it would be read as one that ended there. So is one with a
     special token inside, which is no text.
@@ -38,9 +39,11 @@ def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, ski
     settings = SamplerSettings(max_new_tokens=task.COMPLETION, **ends)
     sampler = GroupSampler(AutoModelForCausalLM.from_pretrained(folder), settings, seed=seed)
     lines = data.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[skip : None if count is None else skip + count]]
-    found = []
+    rows = [json.loads(line) for line in lines[:count]]
+    found: list[Judged] = []
     for i in range(0, len(rows), BATCH):
+        if mixed is not None and len(both(found)) >= mixed:
+            break
         part = rows[i : i + BATCH]
         rollout = sampler(tokenizer([row["prompt"] for row in part])["input_ids"], PER_PROMPT)
         texts = tokenizer.batch_decode(rollout.completions(), skip_special_tokens=True)
@@ -54,9 +57,14 @@ def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, ski
     return found
 
 
+def both(judged: list[Judged]) -> list[Judged]:
+    """Those with a right and a wrong sample."""
+    return [j for j in judged if j.right and j.wrong]
+
+
 def write_pairs(path: Path, judged: list[Judged], count: int) -> int:
     """One pair of each prompt that has a right and a wrong sample, `count` at most; how many there were."""
-    rows = [(j.prompt, j.right[0], j.wrong[0]) for j in judged if j.right and j.wrong][:count]
+    rows = [(j.prompt, j.right[0], j.wrong[0]) for j in both(judged)][:count]
     task.write_rows(path, ("prompt", "chosen", "rejected"), rows)
     return len(rows)
 
