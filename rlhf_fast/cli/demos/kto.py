@@ -8,7 +8,7 @@ from typing import Any
 
 from . import samples, task
 
-PROMPTS, ANSWERS = 6_500, 8_000
+PROMPTS, ANSWERS = 10_000, 8_000
 
 KTO: dict[str, Any] = dict(
     stage="kto",
