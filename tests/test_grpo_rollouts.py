@@ -166,7 +166,7 @@ def test_steps_with_responses_from_elsewhere(tmp_path):
         (dict(scores=[1.0]), r"scores must be \(8,\), one for each response, got \(1,\)"),
         (
             dict(queries=["1>", "2>", "3>"]),
-            "queries must hold one for each of 8 responses or each of their groups, got 3",
+            "queries must hold one for each of 8 responses or groups, got 3",
         ),
         (dict(responses=[[]] * 8), "row 0 is empty"),
     ):

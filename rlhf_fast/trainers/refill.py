@@ -44,9 +44,7 @@ def as_batch(queries: Sequence[Any], responses: Any, scores: Any, tokenizer: Any
     if total.shape != (rows,):
         raise ValueError(f"scores must be ({rows},), one for each response, got {tuple(total.shape)}")
     if not prompts or rows % len(prompts):
-        raise ValueError(
-            f"queries must hold one for each of {rows} responses or each of their groups, got {len(prompts)}"
-        )
+        raise ValueError(f"queries must hold one for each of {rows} responses or groups, got {len(prompts)}")
     if len(prompts) == rows:  # neighbours with the same prompt are a group
         prompts = [p for i, p in enumerate(prompts) if i == 0 or p.ids != prompts[i - 1].ids]
         if rows % len(prompts):
