@@ -19,7 +19,8 @@ import torch
 from rlhf_fast.cli.demos import ppo, ppo_rm, rm, samples, task
 from rlhf_fast.trainers.config import load_config, run
 
-MEMBERS, PAIRS, RM_STEPS, PPO_STEPS = 4, 200, 60, 30
+MEMBERS, PAIRS, RM_STEPS, PPO_STEPS = 4, 200, 60, 40
+HARD: dict[str, Any] = dict(learning_rate=1e-3, ppo_epochs=2, ppo_buffer_size=2, per_device_train_batch_size=128)
 NO_KL: dict[str, Any] = dict(kl_coef=0.0)
 KL: dict[str, Any] = dict(kl_coef=0.2, ppo_target=None)
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (reward models, options of PPO)
@@ -56,7 +57,7 @@ def train_policy(start: task.Start, name: str, folders: list[Path]) -> dict[str,
     out = start.output / name.replace(" ", "-").replace(",", "")
     judges = dict(reward_model=[str(f) for f in folders[:members]], reward_normalize=True, ppo_score_norm=False)
     common = dict(eval_dataset=str(start.test), max_steps=PPO_STEPS, eval_steps=5, plot_loss=False)
-    options = ppo_rm.PPO | judges | common | options
+    options = ppo_rm.PPO | HARD | judges | common | options
     config = start.config("ppo", options, model=start.sft, data=start.prompts, out=out)
     run(load_config(config))
     rows = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -13,6 +13,7 @@ from ppo_cases import PROMPTS, config, digits_sum, log_rows, tiny, trainer  # no
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers.critic import ValueHead  # noqa: E402
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf_fast.trainers.reward_ensemble import RewardEnsemble  # noqa: E402
 from rlhf_fast.trainers.reward_model import load_reward_model  # noqa: E402
 
 IDS = torch.tensor([[3, 7, 9, 14, 4], [5, 5, 8, 2, 0]])
@@ -165,6 +166,8 @@ def test_other_options_run(tmp_path, options):
     [
         (dict(kl_schedule="linear"), "both steer kl_coef"),
         (dict(kl_coef=0.0, ref_model="x"), "no reference is used"),
+        (dict(kl_coef=0.0, sync_ref_model=True), "no reference is used"),
+        (dict(ref_model_adapters="x"), "goes with ref_model"),
         (dict(kl_in="loss", kl_clip=1.0), "kl_in is loss"),
         (dict(kl_gradient="k2"), "kl_in is reward"),
         (dict(gamma=1.5), "gamma must be in"),
@@ -177,6 +180,32 @@ def test_other_options_run(tmp_path, options):
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         PPOConfig(**options)
+
+
+def test_a_run_needs_something_that_scores(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "25>"}')
+    paths = dict(
+        model_name_or_path=str(tmp_path / "model"), dataset=str(tmp_path / "p.jsonl"), output_dir=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="reward_model or reward_funcs is required"):
+        PPOConfig(**paths).check_paths()
+    with pytest.raises(FileNotFoundError, match="reward_model: no folder"):
+        PPOConfig(**paths, reward_model=str(tmp_path / "none")).check_paths()
+
+
+def test_the_ensemble_s_disagreement_and_each_function_are_logged(tmp_path):
+    def longer(completion_ids, **_):
+        return [float(len(ids)) for ids in completion_ids]
+
+    judges = RewardEnsemble([digits_sum, longer], aggregation="mean_std")
+    trainer(tmp_path, reward=[judges, longer], reward_weights=[1.0, 0.0], max_steps=1, kl_in="loss").train()
+    (row,) = log_rows(tmp_path)
+    assert row["ensemble_spread"] > 0
+    assert row["reward"] == pytest.approx(row["reward_ensemble"])
+    assert row["reward_longer"] == pytest.approx(row["completion_length"])
+    assert row["kl"] == 0.0  # of the rollout
+    assert row["kl_loss"] > 0  # of the updates
 
 
 # ---- what may go wrong

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.ppo import ppo_advantages
 from rlhf_fast.ops.value import gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
@@ -43,6 +42,7 @@ from rlhf_fast.trainers.packing import check_packing
 from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
 from rlhf_fast.trainers.ppo_config import PPOConfig
 from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, with_mask
+from rlhf_fast.trainers.ppo_metrics import rollout_metrics, rollout_sums
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble
@@ -79,13 +79,11 @@ class PPOTrainer(RLTrainer):
         *,
         critic: nn.Module | None = None,
         ref_model: nn.Module | None = None,
-        eval_dataset: Sequence[Mapping[str, Any] | Prompt] | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        **rest: Any,
     ):
         config = config or PPOConfig()
         self.kl, self.score_stats = config.kl_controller(), RunningStats()
         self._critic, self._ref_model, self._started = critic, ref_model, False
-        rest = dict(eval_dataset=eval_dataset, callbacks=callbacks)
         super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
         for function in self.reward_functions():
             if isinstance(function, RewardEnsemble):
@@ -142,6 +140,8 @@ class PPOTrainer(RLTrainer):
             with loop.timed("scoring"):
                 scores = self.score_rollout(rows, rollout)
                 metrics = self.rollout_metrics(scores, self.everywhere(scores.total), rollout)
+                for function in self.reward_functions():
+                    metrics |= getattr(function, "metrics", {})
             metrics |= self.learn([p.ids for p in rows], rollout, scores.total)
             loop.state.epoch = self.epoch
             first, last = metrics["reward"] if first is None else first, metrics["reward"]
@@ -249,7 +249,8 @@ class PPOTrainer(RLTrainer):
         if config.whiten_advantages and (config.ppo_whiten_rewards or group is not None):
             advantages = masked_whiten(advantages, process_group=group)
         experience = experience._replace(advantages=advantages, returns=returns)
-        return experience, self.experience_metrics(sequences, experience, shaped, rewards)
+        total = self.sum_everywhere(rollout_sums(sequences, experience, shaped, rewards, config.estimator))
+        return experience, rollout_metrics(total) | {"sequences": total["sequences"]}
 
     def normal_scores(self, scores: Tensor, terminated: Tensor) -> Tensor:
         """Scores normalised, clipped, less the penalty of a missing end, as the config says."""
@@ -262,41 +263,6 @@ class PPOTrainer(RLTrainer):
         if config.missing_eos_penalty is not None:
             scores = scores - config.missing_eos_penalty * ~terminated
         return scores
-
-    def experience_metrics(
-        self, sequences: Sequences, experience: Experience, scores: Tensor, rewards: Tensor
-    ) -> dict[str, float]:
-        """Of the rollout, over all processes: KL to the reference by estimator, values against returns, the sampler."""
-        said, returns = experience.values.double(), experience.returns.double()
-        gap = (experience.logprob - sequences.sampler_logprob).abs()
-        live, known = sequences.trained > 0, gap.isfinite()
-        count = torch.ones_like(said).sum()
-        of_tokens = {"value_mean": said.sum(), "return_mean": returns.sum()}
-        if self.reference is not None:
-            pair = experience.logprob, experience.ref_logprob
-            of_tokens |= {f"kl_{e}": kl_estimate(*pair, estimator=e).sum() for e in ("k1", "k2", "k3")}
-            of_tokens["kl"] = kl_estimate(*pair, estimator=self.config.estimator).sum()
-        of_rows = {"shaped_score": scores[live].sum(), "shaped_reward": rewards.sum()}
-        moments = {
-            "error": (returns - said).sum(),
-            "errors": (returns - said).square().sum(),
-            "returns": returns.square().sum(),
-        }
-        counts = {"tokens": count, "rows": live.sum(), "known": known.sum(), "gap": gap[known].sum()}
-        total = self.sum_everywhere(of_tokens | of_rows | moments | counts)
-        tokens, rows = max(total["tokens"], 1), max(total["rows"], 1)
-        metrics = {name: total[name] / tokens for name in of_tokens} | {name: total[name] / rows for name in of_rows}
-        if self.reference is not None:
-            metrics["kl_sequence"] = total["kl_k1"] / rows
-        if total["known"]:
-            metrics["sampler_logprob_gap"] = total["gap"] / total["known"]
-        variance = total["returns"] / tokens - metrics["return_mean"] ** 2
-        unexplained = total["errors"] / tokens - (total["error"] / tokens) ** 2
-        constant = variance <= 1e-12 * total["returns"] / tokens
-        return metrics | {
-            "explained_variance": 0.0 if constant else 1 - unexplained / variance,
-            "sequences": total["rows"],
-        }
 
     # ---- updates
 
@@ -358,7 +324,8 @@ class PPOTrainer(RLTrainer):
         metrics["value_error"] = critic.metrics["error"] * share
         if critic_only:
             return config.vf_coef * critic.loss, metrics
-        return out.loss + config.vf_coef * critic.loss, out.metrics | metrics
+        actor = {"kl_loss" if name == "kl" else name: value for name, value in out.metrics.items()}
+        return out.loss + config.vf_coef * critic.loss, actor | metrics
 
     def loss_inputs(
         self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.trainers.config import find_model, require
+from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.controllers import AdaptiveKL, AnnealedKL, anneal
 from rlhf_fast.trainers.rl_config import RLConfig
 
@@ -32,7 +33,7 @@ class PPOConfig(RLConfig):
     critic_learning_rate: float | None = None  # None: learning_rate
     critic_warmup_steps: int = 0  # first steps in which the critic learns alone
     ref_model: str | None = None  # its folder; None: the policy as it is at the start
-    ref_model_adapters: str | None = None  # adapter folder on ref_model, or on the base of the policy
+    ref_model_adapters: str | list[str] | None = None  # adapters to merge into ref_model
     # ---- reward
     ppo_score_norm: bool = False  # scores by their running mean and std
     score_clip: float | None = None  # bound of |score|, after ppo_score_norm
@@ -92,8 +93,10 @@ class PPOConfig(RLConfig):
             raise ValueError("kl_clip bounds the KL in the reward, and kl_in is loss")
         if self.kl_in == "reward" and self.kl_gradient is not None:
             raise ValueError("kl_gradient belongs to the KL in the loss, and kl_in is reward")
-        if self.kl_coef == 0 and (self.ref_model or self.ref_model_adapters):
-            raise ValueError("kl_coef is 0: no reference is used; leave out ref_model and ref_model_adapters")
+        if self.kl_coef == 0 and (self.ref_model or self.ref_model_adapters or self.sync_ref_model):
+            raise ValueError("kl_coef is 0: no reference is used; leave out ref_model, its adapters and sync_ref_model")
+        if self.ref_model_adapters and not self.ref_model:
+            raise ValueError("ref_model_adapters goes with ref_model, the model under them")
         if self.critic == "shared" and self.critic_model is not None:
             raise ValueError("critic is shared, a value head on the policy: leave out critic_model")
         if self.ppo_buffer_size > 1 and (self.steps_per_generation or self.generation_batch_size):
@@ -104,9 +107,11 @@ class PPOConfig(RLConfig):
 
     def check_paths(self) -> None:
         super().check_paths()
-        for name in ("critic_model", "ref_model", "ref_model_adapters"):
-            if value := getattr(self, name):
-                find_model(name, value)
+        if not names(self.reward_model) and not names(self.reward_funcs):
+            raise ValueError("reward_model or reward_funcs is required: without either nothing scores the completions")
+        for name in ("reward_model", "critic_model", "ref_model", "ref_model_adapters"):
+            for folder in names(getattr(self, name)):
+                find_model(name, folder)
 
     @property
     def micro_batches_per_rollout(self) -> int:
