@@ -26,6 +26,7 @@ from transformers import (
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.config import make_config, run
+from rlhf_fast.trainers.critic import critic_of_policy
 from rlhf_fast.trainers.hf_utils import (
     is_adapter,
     load_folder,
@@ -348,13 +349,15 @@ def test_full_training_from_an_adapter_trains_the_merged_model(base, tmp_path):
 
 
 def test_merging_an_adapter_on_a_tied_head_leaves_the_embedding_alone(base, tmp_path):
-    model = shake(lora(base, lora_target="lm_head"))
+    model = shake(lora(base, lora_target="q_proj, lm_head"))
     folder = saved(model, tmp_path / "adapter")
     merged = load_folder(folder)
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=2e-6)
     before = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
     assert torch.equal(merged.get_input_embeddings().weight, before)
     again = AutoModelForCausalLM.from_pretrained(saved(merged, tmp_path / "merged"))
+    critic = critic_of_policy(model)
+    assert torch.equal(critic.get_input_embeddings().weight, before)
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-6)
 
 

@@ -181,6 +181,16 @@ def test_groups_are_prefilled_once(config):
     assert phase(result, "prefill")["keys and values"] == 96 * 2 * LAYERS * D * 4
 
 
+def test_shared_prompts_are_counted_once(config):
+    values = dict(num_generations=4, max_completion_length=8)
+    apart = plan(config("grpo", share_prompts=False, **values))
+    together = plan(config("grpo", share_prompts=True, **values))
+    ratio = phase(together, "head")["activations"] / phase(apart, "head")["activations"]
+    assert ratio == pytest.approx((120 + 4 * 8) / (4 * 128), rel=0.2)  # and a mask
+    for name in ("decoding", "prefill"):
+        assert phase(together, name)["keys and values"] == phase(apart, name)["keys and values"]
+
+
 def test_quantised_weights(config):
     pytest.importorskip("peft")
     values = dict(finetuning_type="lora", lora_rank=1, lora_target="q_proj", bf16=True)

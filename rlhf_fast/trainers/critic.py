@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.trainers.lora import merged
 from rlhf_fast.trainers.reward_model import new_reward_model, pool_by_length, score_heads
 from rlhf_fast.trainers.rl_config import RLConfig
 
@@ -65,7 +66,7 @@ def critic_of_policy(policy: nn.Module) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     adapted = hasattr(policy, "peft_config")
-    plain = deepcopy(policy).merge_and_unload() if adapted else policy
+    plain = merged(deepcopy(policy)) if adapted else policy
     config = deepcopy(plain.config)
     config.num_labels = 1
     try:

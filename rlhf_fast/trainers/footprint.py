@@ -40,6 +40,7 @@ class Work(NamedTuple):
     rows: int
     length: int  # tokens of each
     scored: int  # tokens whose logits are needed
+    shared: int = 1  # completions in a row, behind one copy of their prompt
 
 
 # ---- models of fake tensors
@@ -173,6 +174,11 @@ def forward_bytes(model: nn.Module, work: Work, config: RunConfig) -> int:
 
 def _inputs(model: nn.Module, work: Work, config: RunConfig) -> dict[str, Tensor]:
     """Ids and what tells the sequences apart; `config.packing` lays them side by side."""
+    if work.shared > 1:
+        shape = (work.rows, work.length)
+        seen = torch.ones((work.rows, 1, work.length, work.length), dtype=torch.bool)
+        ids = torch.zeros(shape, dtype=torch.long)
+        return {"input_ids": ids, "position_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": seen}
     shape = (1, work.rows * work.length) if config.packing else (work.rows, work.length)
     ids = torch.zeros(shape, dtype=torch.long)
     if config.packing:

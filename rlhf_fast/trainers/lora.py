@@ -110,10 +110,14 @@ def base_of(folder: str | Path) -> str:
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The plain model with an adapter's change added to its weights."""
+    """The plain model with the change of an adapter folder added to its weights."""
     from peft import PeftModel
 
-    peft_model = _read_adapter(PeftModel, model, folder, is_trainable=False)
+    return merged(_read_adapter(PeftModel, model, folder, is_trainable=False))
+
+
+def merged(peft_model: nn.Module) -> nn.Module:
+    """The plain model of a PEFT model, whose weights take the adapter's change in place; frozen, as PEFT leaves it."""
     base = peft_model.get_base_model()
     head = _head(base)
     if hasattr(head, "base_layer") and head.base_layer.weight is base.get_input_embeddings().weight:

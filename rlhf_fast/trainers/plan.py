@@ -36,6 +36,7 @@ from rlhf_fast.trainers.footprint import (
     head_of,
 )
 from rlhf_fast.trainers.hf_utils import find_adapters, is_adapter
+from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.lora import base_of
 
 # Bytes a parameter of the optimizer's states, where they are not two copies of it (AdamW).
@@ -98,7 +99,7 @@ def plan(config: RunConfig, *, length: int | None = None, processes: int | None 
         roles = {"": build(config)}
         if config.stage == "ppo" and config.critic == "own":
             roles["critic: "] = build(config, critic_folder(config), classifier=True)
-        work = micro_batch(config, length or config.cutoff_len)
+        work = micro_batch(config, length or config.cutoff_len, roles[""])
         prints = {name: footprint(model, work, config, notes) for name, model in roles.items()}
         resident = [part for name, model in roles.items() for part in _weights(name, model, config, processes)]
         resident += _frozen_models(config, roles[""], notes)
@@ -110,19 +111,33 @@ def plan(config: RunConfig, *, length: int | None = None, processes: int | None 
     )
 
 
-def micro_batch(config: RunConfig, length: int) -> Work:
+def micro_batch(config: RunConfig, length: int, model: nn.Module) -> Work:
     """The sequences that a stage puts through its model at once, all of the greatest length."""
     rows = config.per_device_train_batch_size
     if config.stage == "sft" and config.packing:
         length = config.cutoff_len  # rows are filled up
     if config.stage in ("ppo", "grpo"):
-        length = min(length, config.prompt_length) + config.max_completion_length
+        prompt, completion = min(length, config.prompt_length), config.max_completion_length
+        length = prompt + completion
         if config.max_tokens_per_micro_batch:
             rows = max(1, config.max_tokens_per_micro_batch // length)
-        return Work(rows, length, rows * config.max_completion_length)
+        scored = rows * completion
+        shared = min(_shared(config, model, prompt), rows)
+        return Work(-(-rows // shared), prompt + shared * completion, scored, shared)
     if config.stage in ("rm", "dpo"):
         rows *= 2
     return Work(rows, length, 0 if config.stage == "rm" else rows * length)
+
+
+def _shared(config: RunConfig, model: nn.Module, prompt: int) -> int:
+    """Completions that GRPO computes behind one copy of their prompt, where the model's attention can."""
+    share = getattr(config, "share_prompts", False)
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if share is False or config.packing or kinds - {"full_attention"} or model.config._attn_implementation != "sdpa":
+        return 1
+    layout = Layout(model, share=False)
+    layout.shares, layout.always = True, share is True
+    return layout.per_row(prompt, config.max_completion_length, config.num_generations)
 
 
 # ---- parts
@@ -301,6 +316,11 @@ def _update_phases(
     return [Phase(phase.name, tuple(p for p in phase.parts if p.bytes)) for phase in phases]
 
 
+def _longest(config: RunConfig, work: Work) -> int:
+    """Tokens of a prompt with one completion."""
+    return work.length - (work.shared - 1) * config.max_completion_length
+
+
 def _rollout_phases(
     config: RunConfig, model: nn.Module, work: Work, device: torch.device, processes: int, notes: list[str]
 ) -> list[Phase]:
@@ -308,7 +328,8 @@ def _rollout_phases(
     prompts = config.sizes(processes)[0]
     total, group = prompts * config.num_generations, config.num_generations
     together = max(1, min(total, config.rollout_batch_size or total) // group)
-    rows, prompt = together * group, work.length - config.max_completion_length
+    rows, whole = together * group, _longest(config, work)
+    prompt = whole - config.max_completion_length
     phases = []
     if config.sampler != "server":
         vocab = head_of(model).weight.shape[0]
@@ -322,7 +343,7 @@ def _rollout_phases(
         narrow = 2 if config.bf16 or config.fp16 else next(model.parameters()).element_size()
         # logits, log-probabilities, noise and their difference
         draw = rows * vocab * (narrow + 3 * 4)
-        keys = Part("keys and values", rows * work.length * cache, fewer)
+        keys = Part("keys and values", rows * whole * cache, fewer)
         phases.append(
             Phase(
                 "prefill", (Part("keys and values", together * prompt * cache, fewer), Part("forward", prefill, fewer))
@@ -332,7 +353,7 @@ def _rollout_phases(
     for folder in names(getattr(config, "reward_model", None)):
         base = base_of(folder) if is_adapter(folder) else folder
         judge = from_config(base, True, None, None, config.trust_remote_code).eval()
-        at_once = Work(min(config.per_device_eval_batch_size, total), work.length, 0)
+        at_once = Work(min(config.per_device_eval_batch_size, total), whole, 0)
         try:
             phases.append(Phase("scoring", (Part(f"forward of {folder}", forward_bytes(judge, at_once, config)),)))
         except CANNOT_RUN:
