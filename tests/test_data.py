@@ -249,6 +249,8 @@ def test_truncation_keeps_bos_and_splits_the_room():
     data = encode(row, word_tokenizer(bos=True), max_length=6, overlong_prompt="truncate")
     assert marked(data) == "<s> e f g* h* i*"
     assert (data.stats.truncated_prompts, data.stats.truncated_completions) == (1, 1)
+    short = encode({**row, "completion": "g"}, word_tokenizer(bos=True), max_length=6, overlong_prompt="truncate")
+    assert marked(short) == "<s> d e f g* </s>*"  # more than half, since the completion leaves it
 
 
 def test_stats_count_predicted_tokens_only():

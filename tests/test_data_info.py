@@ -44,6 +44,10 @@ def test_alpaca_columns(tmp_path):
     prompts, _ = tokenize_prompts(rows, chat(), max_length=50)
     assert prompts[0].columns["extra"] == 7  # for the reward functions, and the answer under both names
     assert prompts[0].columns["a"] == prompts[0].columns["output"] == "c"
+    prompts, _ = tokenize_prompts(
+        load(tmp_path, {"q": "a", "output": "c"}, columns={"prompt": "q"}), chat(), max_length=50
+    )
+    assert prompts[0].columns["output"] == "c"
     without = load(tmp_path, row, columns={"prompt": "q", "response": "a"})
     assert marked(tokenize_sft(without, word_tokenizer(), max_length=50)) == "a c* </s>*"
 

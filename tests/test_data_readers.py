@@ -184,6 +184,12 @@ def test_lines_are_read_when_asked_for(tmp_path):
     assert peak < size / 8  # offsets, one block of the file, one row
 
 
+def test_a_line_longer_than_a_block(tmp_path):
+    rows = [{"x": "a" * n} for n in (3, 3 << 20, 5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(read_rows([tmp_path / "a.jsonl"])) == rows
+
+
 def test_places_cost_little():
     rows = Rows.from_list([{"x": i} for i in range(20_000)])
     start = time.process_time()
