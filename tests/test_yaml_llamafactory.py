@@ -138,7 +138,8 @@ def test_the_ppo_yaml(place):
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_an_example_of_its_own(place, stage):
-    config = place(COMMON, stage=stage)
+    rewards = ["reward_model=saves/lora/reward"] if stage in ("ppo", "grpo") else []
+    config = place(COMMON, *rewards, stage=stage)
     assert (config.warmup_ratio, config.save_steps, config.eval_steps) == (0.1, 500, 500)
     assert (config.ddp_timeout, config.max_samples, config.report_to) == (180000000, 1000, "none")
     again = make_config(config.to_dict())
