@@ -290,6 +290,16 @@ def test_the_reference_follows_the_policy_as_tr_dpo_says(tmp_path):
     assert not torch.equal(first[0], second[0])
 
 
+def test_pairs_can_be_grouped_by_length(tmp_path):
+    trainer = trainer_for(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2)
+    data = pair_data()
+    both = [len(data[i]["chosen"]["input_ids"]) + len(data[i]["rejected"]["input_ids"]) for i in range(8)]
+    assert trainer._get_train_sampler().lengths == both
+    trainer.precompute_reference(tmp_path, batch_size=8)
+    assert trainer._get_train_sampler().lengths == both
+    assert len(set(both)) > 4
+
+
 def test_bcos_shift_is_the_mean_reward_of_the_steps_before(tmp_path):
     loss = PreferenceLoss(["sigmoid", "bco_pair"], beta=0.5)
     options = dict(max_steps=3, learning_rate=0.05, optim="sgd", per_device_train_batch_size=4)

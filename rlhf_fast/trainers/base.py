@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .callbacks import SkipBrokenSteps
 from .hf_utils import ready_tokenizer
@@ -115,6 +116,14 @@ class FusedTrainer(Trainer):
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer(self.parameter_groups, **options)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """group_by_length also for datasets, such as pairs, whose items say their lengths elsewhere."""
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        if args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            together = args.train_batch_size * args.gradient_accumulation_steps
+            return LengthGroupedSampler(together, lengths=dataset.lengths.tolist())
+        return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -161,6 +161,11 @@ class Mismatched(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) tokens of each row."""
+        return self.dataset.lengths
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         row, j = self.dataset[i], int(self.partner[i])
         other = self.dataset[j]

@@ -186,6 +186,11 @@ class WithReference(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) tokens of each row."""
+        return self.dataset.lengths
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {**self.dataset[i], "ref": self.sums[i]}
 
