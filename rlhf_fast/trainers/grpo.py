@@ -11,6 +11,8 @@ Departures from the textbook, each exact:
   updates take what the sampler recorded, or one more forward (`old_logprobs: recompute`);
 - a sequence of zero advantage has no gradient (without KL and entropy terms): it does not enter the transformer, but
   it counts in the normaliser. A minibatch of nothing else makes no step; the schedule goes on;
+- completions of a prompt may share a row behind one copy of it (`layout`), so the prompt is computed once;
+- advantages are per token, since process rewards make them so; an outcome's is the same along its completion;
 - normalisers are counts over the whole minibatch and all processes, so micro-batches change nothing but rounding;
 - the policy is updated in eval mode (`disable_dropout`), so that sampler, policy and reference are one function.
 """
