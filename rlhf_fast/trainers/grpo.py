@@ -114,8 +114,10 @@ class GRPOTrainer(RLTrainer):
         """Optimiser steps of the run."""
         if self.config.max_steps > 0:
             return self.config.max_steps
+        if self.prompts is None:
+            raise ValueError("max_steps is required without a train_dataset: the schedule needs an end")
         per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
-        rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts or ()) / per_rollout))
+        rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
         return rollouts * self.minibatches_per_rollout * self.config.num_iterations
 
     # ---- score
