@@ -74,11 +74,13 @@ def test_a_role_without_gradient_stays_and_is_not_in_the_log(tmp_path):
     assert row["grad_norm_critic"] > 0
 
 
-def test_one_broken_role_skips_the_update_of_all(tmp_path):
+@pytest.mark.parametrize("broken", ["policy", "critic"])
+def test_one_broken_role_skips_the_update_of_all(tmp_path, broken):
     loop, head = make(tmp_path)
+    poison = head.bias if broken == "critic" else loop.unwrapped.model.norm.weight.sum()
     loop.start(2, 1.0)
     before = [p.clone() for p in [*loop.unwrapped.parameters(), *head.parameters()]]
-    loop.update([1.0], lambda _: both(loop, loop.models["critic"]) + head.bias * math.nan)
+    loop.update([1.0], lambda _: both(loop, loop.models["critic"]) + poison * math.nan)
     assert all(
         torch.equal(p, q) for p, q in zip([*loop.unwrapped.parameters(), *head.parameters()], before, strict=True)
     )

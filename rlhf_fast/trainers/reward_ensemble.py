@@ -130,8 +130,7 @@ class RewardEnsemble:
         std = ((each - mean[:, None]).square() @ self.weights).sqrt()
         kept = std[std.isfinite()]
         self.metrics = {f"{self.__name__}_spread": float(kept.mean()) if len(kept) else math.nan}
-        total = {"mean": mean, "min": each.amin(1), "mean_std": mean - self.std_coef * std}[self.aggregation]
-        return torch.where(each.isfinite().all(1), total, math.nan).tolist()
+        return {"mean": mean, "min": each.amin(1), "mean_std": mean - self.std_coef * std}[self.aggregation].tolist()
 
     def state_dict(self) -> dict[str, Any]:
         return {"statistics": [statistics.state_dict() for statistics in self.statistics]}
