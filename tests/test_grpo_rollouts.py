@@ -135,7 +135,7 @@ def test_generate_and_step_are_what_train_does(tmp_path):
     it = trainer(tmp_path, max_steps=2)
     it.train()
     want = last_state(it)
-    it = trainer(tmp_path, max_steps=2)
+    it = trainer(tmp_path, reward=[digits_sum, by_prompt], max_steps=2)  # functions that step has no use for
     prompts = it.next_prompts()
     rollout = it.generate([p.ids for p in prompts], 4)
     metrics = it.step([p.ids for p in prompts], rollout, digits_sum(rollout.completions()))

@@ -133,7 +133,8 @@ class GRPOTrainer(RLTrainer):
         baseline = self.greedy_rewards(batch.prompts).repeat_interleave(group) if config.greedy_baseline else None
         across = dict(gather=gather, process=self.accelerator.process_index)
         options = config.advantage_options()
-        weights = torch.ones(scores.each.shape[1]) if self.rewards is None else self.rewards.weights
+        own = self.rewards is not None and len(self.rewards.weights) == scores.each.shape[1]  # not the caller's scores
+        weights = self.rewards.weights if own else torch.ones(scores.each.shape[1])
         result = credit(scores, rollout.lengths.cpu(), group, weights, options, baseline=baseline, **across)
         scored = scores.total.isfinite()
         if config.mask_truncated_completions:

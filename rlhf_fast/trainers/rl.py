@@ -172,7 +172,7 @@ class RLTrainer:
             "completion_length_max": lengths.max(),
             "truncated_completions": 1 - stopped,
         }
-        if self.rewards is not None and len(self.rewards.names) > 1:
+        if self.rewards is not None and 1 < len(self.rewards.names) == scores.each.shape[1]:  # not the caller's own
             for name, column in zip(self.rewards.names, scores.each.unbind(1), strict=True):
                 metrics[f"reward_{name}"] = column[column.isfinite()].mean()
         return {name: float(value) for name, value in metrics.items()}
