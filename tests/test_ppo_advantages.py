@@ -203,3 +203,26 @@ def test_docstring_example():
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_rewards_of_every_token(padded, clip):
+    """NaN under the mask goes nowhere; a score on the last token alone is the score of the sequence."""
+    t = case(3, [4, 4, 4])
+    t["mask"][3::4] = True
+    scores = torch.randn(12)
+    scores[~t["mask"]] = torch.nan
+    per_sequence, last = t.pop("scores"), torch.zeros(12)
+    last[3::4] = per_sequence
+    if padded:
+        del t["cu_seqlens"]
+        for name in ("values", "logprob", "ref_logprob", "mask"):
+            t[name] = t[name].view(3, 4)
+        scores, last = scores.view(3, 4), last.view(3, 4)
+    options = dict(score_clip=clip, kl_clip=0.5, gamma=0.9, **t)
+    wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+    same(ppo_advantages(scores, **options), reference.ppo_advantages(scores.double(), **wide), check_dtype=False)
+    same(ppo_advantages(last, **options), ppo_advantages(per_sequence, **options))
+    with pytest.raises(ValueError, match=r"scores must be .*\(B,\)=\(3,\), got \(5,\)"):
+        ppo_advantages(torch.zeros(5), **options)

@@ -10,7 +10,7 @@ from rlhf_fast.ops import _scans
 from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._sequences import Layout, check_offsets, flat, work_dtype
 from rlhf_fast.ops.kl import check_estimator
-from rlhf_fast.ops.value import check_unit, gae, masked_whiten, place_of, shape_rewards, start_values
+from rlhf_fast.ops.value import check_scores, check_unit, gae, masked_whiten, place_of, shape_rewards, start_values
 from rlhf_fast.types import PpoAdvantages
 
 EPS = 1e-8  # of masked_whiten
@@ -35,7 +35,7 @@ def ppo_advantages(
     bootstrap: Tensor | None = None,
     whiten: bool = True,
 ) -> PpoAdvantages:
-    """Advantages and returns of a PPO batch, from one score per sequence.
+    """Advantages and returns of a PPO batch, from one score per sequence or per token.
 
         rewards, kl = shape_rewards(scores, logprob, ref_logprob)
         advantages, returns = gae(rewards, values);   advantages = masked_whiten(advantages)
@@ -43,7 +43,8 @@ def ppo_advantages(
     Equivalent to these three calls (and to `reference.ppo_advantages`), without going through memory for each.
 
     Args:
-        scores: (B,) float: one per sequence. Constant, as everything here.
+        scores: (B,) float: one per sequence; or rewards of every token, in the shape of values. Constant, as everything
+            here.
         values: (N,) with cu_seqlens, or (B, T), float.
         logprob, ref_logprob: the shape of values. Without both there is no KL term.
         kl_coef, kl_estimator, kl_clip, score_clip: as in `shape_rewards`.
@@ -56,7 +57,8 @@ def ppo_advantages(
     Source: see `shape_rewards`, `gae` and `masked_whiten`.
     Notes: more parameters than one likes: it is three functions. On the CPU a sequence is shaped, scanned and its
         moments taken while in cache. On the GPU one kernel shapes, scans and takes the moments, and one whitens: no
-        advantage can be written before the last is known.
+        advantage can be written before the last is known. With rewards of every token the three functions run one
+        after the other.
     Example:
         >>> values, logprob = torch.zeros(1, 3), torch.tensor([[-1.0, -2.0, -0.5]])
         >>> ppo_advantages(torch.tensor([1.0]), values, logprob, logprob - 1, lam=1.0, whiten=False).returns
@@ -70,7 +72,7 @@ def ppo_advantages(
         if tensor is not None:
             _checks.check_float(name, tensor)
             _checks.check_shape(name, tensor, values.shape, "values' shape ")
-    _checks.check_shape("scores", scores, (place.batch,), "(B,)")
+    check_scores(scores, place, values)
     _checks.check_same_device(values=values, scores=scores, logprob=logprob, ref_logprob=ref_logprob)
     check_estimator("kl_estimator", kl_estimator)
     for name, bound in {"kl_clip": kl_clip, "score_clip": score_clip}.items():
@@ -92,7 +94,7 @@ def ppo_advantages(
 @torch.library.custom_op("rlhf_fast::ppo_advantages", mutates_args=())
 def _ppo_advantages(
     values: Tensor,  # (N,) f32 or f64, as every float tensor here
-    scores: Tensor,  # (B,)
+    scores: Tensor,  # (B,) or (N,)
     logprob: Tensor | None,  # (N,)
     ref_logprob: Tensor | None,  # (N,)
     offsets: Tensor | None,  # (B+1,) int64; None: sequences of `length`
@@ -113,7 +115,7 @@ def _ppo_advantages(
     shaping = dict(kl_coef=kl_coef, kl_estimator=kl_estimator, kl_clip=kl_clip, score_clip=score_clip)
     if offsets is not None:
         check_offsets(offsets, values.numel())
-    if _scans.native(values, "ppo_advantages") and values.numel():
+    if scores.numel() == batch and _scans.native(values, "ppo_advantages") and values.numel():
         rewards, advantages, returns = (huge(torch.empty_like(values)) for _ in range(3))
         kl = None if logprob is None else huge(torch.empty_like(values))
         place = Layout(offsets, batch, length, values.numel(), mask)
@@ -145,7 +147,8 @@ def _composed(
 
     where = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     rewards, kl = shape_rewards(
-        scores, view(logprob), view(ref_logprob), cu_seqlens=offsets, mask=view(where), **shaping
+        scores if scores.numel() == shape[0] else view(scores), view(logprob), view(ref_logprob),
+        cu_seqlens=offsets, mask=view(where), **shaping,
     )  # fmt: skip
     advantages, returns = gae(
         rewards, view(values), gamma=gamma, lam=lam, cu_seqlens=offsets, mask=view(mask),

@@ -123,7 +123,8 @@ def shape_rewards(
     Equivalent to `reference.shape_rewards`.
 
     Args:
-        scores: (B,) float: one per sequence. Constant.
+        scores: (B,) float: one per sequence; or one per token, (N,) or (B, T), each added where it stands (N = B: one
+            per sequence). Constant.
         logprob, ref_logprob: (N,) with cu_seqlens, or (B, T): the policy's and the reference's log-probabilities of the
             tokens. Without both there is no KL term and `mask` gives the shape.
         kl_coef: weight of the KL. kl_estimator: "k1", "abs", "k2" or "k3" (see `kl_estimate`); k1 is the usual one.
@@ -149,7 +150,7 @@ def shape_rewards(
         _checks.check_float("ref_logprob", ref_logprob)
         _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "logprob's shape ")
     place = layout("logprob" if logprob is not None else "mask", like, cu_seqlens, mask)
-    _checks.check_shape("scores", scores, (place.batch,), "(B,)")
+    dense = check_scores(scores, place, like)
     _checks.check_same_device(scores=scores, logprob=like, ref_logprob=ref_logprob)
     for name, bound in {"kl_clip": kl_clip, "score_clip": score_clip}.items():
         if bound is not None:
@@ -163,11 +164,25 @@ def shape_rewards(
         rewards = -kl_coef * (kl if kl_clip is None else kl.clamp(-kl_clip, kl_clip))
     score = scores.detach().to(dtype)
     score = score if score_clip is None else score.clamp(-score_clip, score_clip)
+    if dense:
+        score = score.reshape(-1)
+        rewards = rewards + (score if place.mask is None else score.masked_fill(~place.mask, 0))
+        return ShapedRewards(rewards.reshape(like.shape), kl.reshape(like.shape))
     last = _last_position(place, device)
     # Sequences without a token that counts write into the extra slot, which is cut off again.
     rewards = torch.cat([rewards, rewards.new_zeros(1)])
     rewards = rewards.index_add(0, last, score)[:-1]
     return ShapedRewards(rewards.reshape(like.shape), kl.reshape(like.shape))
+
+
+def check_scores(scores: Tensor, place: Layout, like: Tensor) -> bool:
+    """Whether there is a score for every token; raise unless scores is (B,) or of the shape of `like`."""
+    if scores.shape == like.shape and tuple(scores.shape) != (place.batch,):
+        return True
+    if scores.dim() > 1:
+        _checks.check_shape("scores", scores, like.shape, "(B,), or for every token ")
+    _checks.check_shape("scores", scores, (place.batch,), "(B,)" if like.dim() > 1 else "(N,) or (B,)")
+    return False
 
 
 def _last_position(place: Layout, device: torch.device) -> Tensor:

@@ -105,8 +105,10 @@ def shape_rewards(
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> ShapedRewards:
-    """r_t = -kl_coef kl_t, plus the sequence's score on its last token that counts."""
+    """r_t = -kl_coef kl_t, plus the sequence's score on its last token that counts, or each token's own score."""
     like = logprob if logprob is not None else mask
+    batch = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dense = tuple(scores.shape) != (batch,)
     rewards, kl = scores.new_zeros(like.numel()), scores.new_zeros(like.numel())
     for b, (_, counted) in enumerate(sequences(like.shape, cu_seqlens, mask)):
         for t in counted:
@@ -115,7 +117,10 @@ def shape_rewards(
                 kl[t] = kl_estimate(*pair, estimator=kl_estimator)
                 clipped = kl[t] if kl_clip is None else kl[t].clamp(-kl_clip, kl_clip)
                 rewards[t] = -kl_coef * clipped
-        if counted:
+            if dense:
+                score = scores.reshape(-1)[t]
+                rewards[t] += score if score_clip is None else score.clamp(-score_clip, score_clip)
+        if counted and not dense:
             score = scores[b] if score_clip is None else scores[b].clamp(-score_clip, score_clip)
             rewards[counted[-1]] += score
     return ShapedRewards(rewards.reshape(like.shape), kl.reshape(like.shape))
