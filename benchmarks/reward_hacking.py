@@ -23,13 +23,16 @@ MEMBERS, PAIRS, RM_STEPS, PPO_STEPS = 4, 200, 60, 40
 HARD: dict[str, Any] = dict(learning_rate=1e-3, ppo_epochs=2, ppo_buffer_size=2, per_device_train_batch_size=128)
 NO_KL: dict[str, Any] = dict(kl_coef=0.0)
 KL: dict[str, Any] = dict(kl_coef=0.2, ppo_target=None)
+MORE_KL: dict[str, Any] = dict(kl_coef=1.0, ppo_target=None)
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> (reward models, options of PPO)
     "one model": (1, NO_KL),
     "one model, KL": (1, KL),
+    "one model, more KL": (1, MORE_KL),
     "mean of 4": (MEMBERS, NO_KL | dict(reward_aggregation="mean")),
     "min of 4": (MEMBERS, NO_KL | dict(reward_aggregation="min")),
     "mean - std of 4": (MEMBERS, NO_KL | dict(reward_aggregation="mean_std")),
     "min of 4, KL": (MEMBERS, KL | dict(reward_aggregation="min")),
+    "min of 4, more KL": (MEMBERS, MORE_KL | dict(reward_aggregation="min")),
 }
 
 
