@@ -6,7 +6,7 @@ from test_linear_logprob import inputs, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast import linear_logprob, reference
+from rlhf_fast import fused_linear_loss, linear_logprob, reference
 from rlhf_fast.ops import _head, _kept
 
 N, D, V = 200, 16, 507
@@ -115,3 +115,20 @@ def test_minus_infinity_in_whole_blocks():
     torch.testing.assert_close(got[1][0], want[1][0])
     torch.testing.assert_close(got[1][1][:50], want[1][1])
     assert not got[1][1][50:].any()
+
+
+@pytest.mark.parametrize("call", ["linear_logprob", "entropy", "fused_linear_loss"])
+def test_a_second_derivative_is_an_error_and_not_a_zero(call):
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    target = torch.randint(0, 11, (6,))
+    if call == "fused_linear_loss":
+        loss = fused_linear_loss(hidden, weight, target, lambda logprob, entropy, batch: -logprob.sum()).loss
+    else:
+        out = linear_logprob(hidden, weight, target, entropy=True)
+        loss = (out.entropy if call == "entropy" else out.logprob).sum()
+    (dhidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    assert dhidden.abs().sum() > 0
+    penalty = dhidden.square().sum()
+    for of, at in ((penalty, hidden), (penalty + hidden.sum(), hidden), (penalty + weight.sum(), weight)):
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(of, at, retain_graph=True)

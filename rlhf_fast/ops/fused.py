@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
 from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
+from rlhf_fast.ops._once import once_differentiable, roots
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops._shards import Joined, check_group
 from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
@@ -121,7 +122,7 @@ def fused_linear_loss(
     if torch.compiler.is_compiling() and hasattr(loss_fn, "_ready_key") and weight_grad is None:
         loss, logprob, h, metrics = _call_op(*inputs, call)
     else:
-        loss, logprob, h, names, *values = _FusedLinearLoss.apply(*inputs, call, weight_grad)
+        loss, logprob, h, names, *values = _FusedLinearLoss.apply(*inputs, call, weight_grad, roots(*inputs[:5]))
         metrics = dict(zip(names, values, strict=True))
     shape = target.shape
     return FusedLoss(loss, logprob.reshape(shape), h.reshape(shape) if entropy else None, metrics)
@@ -129,18 +130,29 @@ def fused_linear_loss(
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, target, call: Call, weight_grad: Tensor | None):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        target,
+        call: Call,
+        weight_grad: Tensor | None,
+        descend: tuple[Tensor, ...],
+    ):
         if lora_a is not None:
             call = call._replace(lora=Lora(lora_a, lora_b, call.lora.scaling))
         out = run(hidden, weight, bias, target, call)
         ctx.want, ctx.dtypes = call.want, _dtypes(hidden, weight, bias, lora_a, lora_b)
-        ctx.weight_grad = weight_grad
+        ctx.weight_grad, ctx.roots = weight_grad, descend
         ctx.save_for_backward(*out.grads)
         ctx.mark_non_differentiable(out.logprob, out.entropy, *out.metrics.values())
         return out.loss, out.logprob, out.entropy, tuple(out.metrics), *out.metrics.values()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("fused_linear_loss")
     def backward(ctx, dloss, *_):
         saved, want = ctx.saved_tensors, ctx.want
         if ctx.weight_grad is not None and want.weight:
@@ -154,7 +166,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             scaled(grad, dloss, dtype) if wanted_ else None
             for grad, wanted_, dtype in zip(saved, want, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:

@@ -16,6 +16,7 @@ from rlhf_fast import _checks
 from rlhf_fast.ops import _linear_run
 from rlhf_fast.ops._head import Lora, Wanted, wanted
 from rlhf_fast.ops._linear_run import Call, Inputs, Outputs, Saved
+from rlhf_fast.ops._once import once_differentiable, roots
 from rlhf_fast.ops._rows import Transform
 from rlhf_fast.ops._shards import check_group
 from rlhf_fast.types import LogProb, TokenLogProb
@@ -95,7 +96,9 @@ def linear_logprob(
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if a is None and not token_stats and chunk is None and wanted(hidden, weight, bias).any and _may_keep(hidden):
         call = Call(tf, ignore_index, chunk, budget)
-        logprob, h, lse, *extra = _KeepingLogprob.apply(flat, weight, bias, rows, call, entropy)
+        logprob, h, lse, *extra = _KeepingLogprob.apply(
+            flat, weight, bias, rows, call, entropy, roots(flat, weight, bias)
+        )
     else:
         options = (scaling, *tf, ignore_index, entropy, token_stats, chunk, budget)
         logprob, h, lse, _, _, *extra = _linear_logprob(flat, weight, bias, a, b, rows, *options)
@@ -277,15 +280,15 @@ def _may_keep(hidden: Tensor) -> bool:
 
 class _KeepingLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, call: Call, entropy: bool):
+    def forward(ctx, hidden, weight, bias, target, call: Call, entropy: bool, descend: tuple[Tensor, ...]):
         inputs = Inputs(hidden, weight, bias, None, None)
         out, ctx.kept, logits = _linear_run.forward(inputs, target, call, entropy=entropy, keep=True)
-        ctx.call, ctx.used = call, False
+        ctx.call, ctx.used, ctx.roots = call, False, descend
         ctx.save_for_backward(hidden, weight, bias, target, out.entropy, out.row_max, out.log_sum, logits)
         return out.logprob, out.entropy, out.lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("linear_logprob")
     def backward(ctx, *upstream):
         hidden, weight, bias, target, *saved, logits = ctx.saved_tensors
         # `.data`: autograd would refuse a second walk over a graph whose tensor has changed. That walk makes them anew.
@@ -294,4 +297,4 @@ class _KeepingLogprob(torch.autograd.Function):
         want = Wanted(*ctx.needs_input_grad[:3])
         inputs = Inputs(hidden, weight, bias, None, None)
         grads = _linear_run.backward(inputs, target, Saved(*saved), upstream, ctx.call, want, ctx.kept, logits)
-        return *(g if w else None for g, w in zip(grads, want, strict=False)), None, None, None
+        return *(g if w else None for g, w in zip(grads, want, strict=False)), None, None, None, None

@@ -1,4 +1,4 @@
-"""What steers PPO's coefficients during a run: annealing schedules, and the controller that holds the KL at a target."""
+"""What steers PPO's coefficients in a run: annealing schedules, and the controller that holds the KL at a target."""
 
 from __future__ import annotations
 
