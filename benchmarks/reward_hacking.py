@@ -73,8 +73,8 @@ def train_policy(start: task.Start, name: str, folders: list[Path]) -> dict[str,
 
 def learned_scores(folder: Path, judges: list[Path], start: task.Start) -> float:
     """By how many standard deviations of the SFT model's samples those of `folder` score higher, a mean over judges."""
+    from rlhf_fast.trainers.models.reward_model import load_reward_model
     from rlhf_fast.trainers.reward_ensemble import RewardModel
-    from rlhf_fast.trainers.reward_model import load_reward_model
 
     gains = []
     for judge in judges:
@@ -88,7 +88,7 @@ def drawn(policy: Path, data: Path) -> dict[str, list[list[int]]]:
     """Prompts and one sample each of the model in `policy`, as ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_fast.trainers.rollout import GroupSampler, SamplerSettings
+    from rlhf_fast.trainers.rollout.samplers import GroupSampler, SamplerSettings
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
     prompts = [json.loads(line)["prompt"] for line in data.read_text(encoding="utf-8").splitlines()]

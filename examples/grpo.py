@@ -7,7 +7,7 @@ from tiny import EOS, IGNORE, PAD, aligned, padded, sorting, tiny_model
 
 from rlhf_fast import PolicyLoss, group_advantages
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.rollout import GroupSampler, SamplerSettings
+from rlhf_fast.trainers.rollout.samplers import GroupSampler, SamplerSettings
 
 
 def main(steps: int = 30, group: int = 8) -> list[float]:

@@ -7,7 +7,7 @@ from tiny import EOS, IGNORE, PAD, aligned, padded, sorting, tiny_model
 
 from rlhf_fast import PolicyLoss, ppo_advantages, value_loss
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.rollout import GroupSampler, SamplerSettings
+from rlhf_fast.trainers.rollout.samplers import GroupSampler, SamplerSettings
 
 
 def main(steps: int = 30, epochs: int = 2) -> list[float]:

@@ -9,7 +9,7 @@ import transformers
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer
 from rlhf_fast.trainers.refill import Batch
-from rlhf_fast.trainers.rollout import Rollout
+from rlhf_fast.trainers.rollout.samplers import Rollout
 
 PROMPTS = ["25>", "7>", "90331>", "2516>", "8>", "11>", "4444>", "306>"]
 

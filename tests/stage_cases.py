@@ -8,9 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from rlhf_fast.cli.demos.task import make_tokenizer
-from rlhf_fast.trainers.collators import PairCollator
-from rlhf_fast.trainers.pairs import tokenize_kto, tokenize_pairs
-from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
 
 PAIRS = [
     {"prompt": f"{i}{9 - i}4>", "chosen": "123456"[: 1 + (i * 5) % 6], "rejected": "98765"[: 1 + (i * 3) % 5]}

@@ -9,9 +9,9 @@ from ppo_cases import classifier, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.integrations.lm_head import fuse_lm_head  # noqa: E402
-from rlhf_fast.trainers.critic import ValueHead, critic_of_policy, load_critic  # noqa: E402
+from rlhf_fast.trainers.models.critic import ValueHead, critic_of_policy, load_critic  # noqa: E402
+from rlhf_fast.trainers.models.reward_model import load_reward_model  # noqa: E402
 from rlhf_fast.trainers.ppo_config import PPOConfig  # noqa: E402
-from rlhf_fast.trainers.reward_model import load_reward_model  # noqa: E402
 
 IDS = torch.tensor([[3, 7, 9, 14, 4], [5, 5, 8, 2, 0]])
 

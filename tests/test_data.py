@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast.trainers.data import (
+from rlhf_fast.trainers.data.readers import Rows, read_rows
+from rlhf_fast.trainers.data.tokenize import (
     Collator,
     check_prompt_vocabulary,
     check_vocabulary,
     tokenize_prompts,
     tokenize_sft,
 )
-from rlhf_fast.trainers.readers import Rows, read_rows
 
 pytest.importorskip("transformers")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from test_data import CHAT_TEMPLATE, encode, ids_of, marked, word_tokenizer
 
-from rlhf_fast.trainers.data import tokenize_prompts, tokenize_sft
-from rlhf_fast.trainers.pairs import tokenize_pairs
-from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.data.pairs import tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import tokenize_prompts, tokenize_sft
 
 pytest.importorskip("transformers")
 

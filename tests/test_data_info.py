@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from test_data import CHAT_TEMPLATE, marked, word_tokenizer
 
-from rlhf_fast.trainers.data import tokenize_prompts, tokenize_sft
-from rlhf_fast.trainers.dataset_info import load_rows, mix, resolve
-from rlhf_fast.trainers.pairs import tokenize_kto, tokenize_pairs
-from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.data.dataset_info import load_rows, mix, resolve
+from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import tokenize_prompts, tokenize_sft
 
 pytest.importorskip("transformers")
 

@@ -6,10 +6,10 @@ import pytest
 from test_data import CHAT_TEMPLATE, marked, word_tokenizer
 from test_data_chat import REWRITING, turns
 
-from rlhf_fast.trainers.data import check_vocabulary
-from rlhf_fast.trainers.forms import pair
-from rlhf_fast.trainers.pairs import tokenize_kto, tokenize_pairs
-from rlhf_fast.trainers.readers import Rows
+from rlhf_fast.trainers.data.forms import pair
+from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import check_vocabulary
 
 pytest.importorskip("transformers")
 

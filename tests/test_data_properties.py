@@ -15,10 +15,10 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from rlhf_fast.trainers.collators import Collator, PairCollator, pack  # noqa: E402
-from rlhf_fast.trainers.data import tokenize_prompts, tokenize_sft  # noqa: E402
-from rlhf_fast.trainers.pairs import tokenize_kto, tokenize_pairs  # noqa: E402
-from rlhf_fast.trainers.readers import Rows  # noqa: E402
+from rlhf_fast.trainers.data.collators import Collator, PairCollator, pack  # noqa: E402
+from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs  # noqa: E402
+from rlhf_fast.trainers.data.readers import Rows  # noqa: E402
+from rlhf_fast.trainers.data.tokenize import tokenize_prompts, tokenize_sft  # noqa: E402
 
 BOS, EOS = 0, 1
 texts = st.text(alphabet="abc \n\u00e9\u4e2d", max_size=12)

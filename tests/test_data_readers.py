@@ -11,9 +11,9 @@ import tracemalloc
 import pytest
 from test_data import marked, word_tokenizer
 
-from rlhf_fast.trainers.data import tokenize_sft
-from rlhf_fast.trainers.pairs import tokenize_kto
-from rlhf_fast.trainers.readers import Rows, read_rows
+from rlhf_fast.trainers.data.pairs import tokenize_kto
+from rlhf_fast.trainers.data.readers import Rows, read_rows
+from rlhf_fast.trainers.data.tokenize import tokenize_sft
 
 pa = pytest.importorskip("pyarrow")
 

@@ -8,11 +8,11 @@ import pytest
 from test_data import CHAT_TEMPLATE, WORDS, word_tokenizer
 from test_data_chat import turns
 
-from rlhf_fast.trainers.data import tokenize_sft
-from rlhf_fast.trainers.encoder import Encoder
-from rlhf_fast.trainers.forms import supervised
-from rlhf_fast.trainers.readers import Rows
-from rlhf_fast.trainers.templates import FORMATS, apply_template, check_name
+from rlhf_fast.trainers.data.encoder import Encoder
+from rlhf_fast.trainers.data.forms import supervised
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.templates import FORMATS, apply_template, check_name
+from rlhf_fast.trainers.data.tokenize import tokenize_sft
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:template .* is no token of this tokenizer")

@@ -26,8 +26,8 @@ from stage_cases import (
 from rlhf_fast import reference
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.losses.preference import PreferenceLoss
-from rlhf_fast.trainers.collators import PairCollator
 from rlhf_fast.trainers.config import make_config
+from rlhf_fast.trainers.data.collators import PairCollator
 from rlhf_fast.trainers.dpo import DPOTrainer, run_dpo
 from rlhf_fast.trainers.dpo_config import DPOConfig
 from rlhf_fast.trainers.reference_trainer import WithReference

@@ -13,10 +13,10 @@ from grpo_cases import PROMPTS, config, digits_sum, exact_norms, experience_of, 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers.beforehand import logprob_of  # noqa: E402
 from rlhf_fast.trainers.config import make_config  # noqa: E402
-from rlhf_fast.trainers.data import Prompt  # noqa: E402
+from rlhf_fast.trainers.data.tokenize import Prompt  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlhf_fast.trainers.layout import Layout  # noqa: E402
-from rlhf_fast.trainers.policy import updating_mode  # noqa: E402
+from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 from rlhf_fast.trainers.rewards import RewardError  # noqa: E402
 
 # ---- the step against plain torch

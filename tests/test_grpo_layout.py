@@ -11,7 +11,7 @@ from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers.experience import collate, shared_mask  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlhf_fast.trainers.layout import Layout, why_not_shared  # noqa: E402
-from rlhf_fast.trainers.policy import updating_mode  # noqa: E402
+from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 
 SIZES = dict(
     vocab_size=15, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

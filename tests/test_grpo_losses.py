@@ -12,7 +12,7 @@ from grpo_cases import exact_norms, experience_of, log_rows, tiny, trainer  # no
 from rlhf_fast import reference  # noqa: E402
 from rlhf_fast.losses.registry import policy_loss_kinds  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig  # noqa: E402
-from rlhf_fast.trainers.policy import updating_mode  # noqa: E402
+from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 
 BY_COVARIANCE = {"clip_cov", "kl_cov"}  # they select by the log-probabilities of before the update; see below
 

@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 from grpo_cases import log_rows, tiny, trainer  # noqa: E402
 
-from rlhf_fast.trainers.policy import Reference  # noqa: E402
+from rlhf_fast.trainers.models.policy import Reference  # noqa: E402
 
 
 def lora(**kwargs):

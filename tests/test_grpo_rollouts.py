@@ -16,7 +16,7 @@ from rlhf_fast.trainers.config import load_config, run  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
 from rlhf_fast.trainers.refill import Batch, collect, join, refilled, select_groups  # noqa: E402
 from rlhf_fast.trainers.rewards import Scores, Steps  # noqa: E402
-from rlhf_fast.trainers.rollout_turns import MultiTurnSampler  # noqa: E402
+from rlhf_fast.trainers.rollout.turns import MultiTurnSampler  # noqa: E402
 
 # ---- refilled groups
 

@@ -26,8 +26,8 @@ from transformers import (
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.config import make_config, run
-from rlhf_fast.trainers.critic import critic_of_policy
-from rlhf_fast.trainers.hf_utils import (
+from rlhf_fast.trainers.models.critic import critic_of_policy
+from rlhf_fast.trainers.models.hf_utils import (
     is_adapter,
     load_folder,
     load_model,
@@ -36,8 +36,8 @@ from rlhf_fast.trainers.hf_utils import (
     save_model,
     weights_dtype,
 )
-from rlhf_fast.trainers.lora import optimizer_groups
-from rlhf_fast.trainers.quantization import quantization_options
+from rlhf_fast.trainers.models.lora import optimizer_groups
+from rlhf_fast.trainers.models.quantization import quantization_options
 from rlhf_fast.trainers.sft_config import SFTConfig
 
 IDS = torch.tensor([[3, 4, 5, 6, 7], [7, 3, 9, 4, 4]])
@@ -474,7 +474,7 @@ def test_quantisation_options(base, monkeypatch, bits):
 
 def test_adapters_are_not_merged_into_quantised_weights(base, tmp_path, monkeypatch):
     one = saved(lora(base), tmp_path / "one")
-    monkeypatch.setattr("rlhf_fast.trainers.hf_utils.quantization_options", lambda *a: {})
+    monkeypatch.setattr("rlhf_fast.trainers.models.hf_utils.quantization_options", lambda *a: {})
     with pytest.raises(ValueError, match="cannot be merged into weights of 8 bits"):
         lora(base, adapter_name_or_path=[str(one), str(one)], quantization_bit=8)
 

@@ -10,8 +10,8 @@ transformers = pytest.importorskip("transformers")
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head  # noqa: E402
 from rlhf_fast.losses.nll import NLL  # noqa: E402
-from rlhf_fast.trainers.collators import Collator, KTOCollator, PairCollator  # noqa: E402
-from rlhf_fast.trainers.packing import PackedDataset, check_packing, fill_rows  # noqa: E402
+from rlhf_fast.trainers.data.collators import Collator, KTOCollator, PairCollator  # noqa: E402
+from rlhf_fast.trainers.data.packing import PackedDataset, check_packing, fill_rows  # noqa: E402
 
 VOCAB = 97
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from ppo_cases import classifier, tiny, trainer  # noqa: E402
 
 from rlhf_fast.trainers.ppo_experience import join  # noqa: E402
-from rlhf_fast.trainers.rollout import Rollout  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import Rollout  # noqa: E402
 
 
 def rollout_of(it, *, tools=True, seed=0):

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from rlhf_fast.cli.demos import DEMOS, demo, ppo, rm, task  # noqa: E402
-from rlhf_fast.trainers.reward_model import load_reward_model  # noqa: E402
+from rlhf_fast.trainers.models.reward_model import load_reward_model  # noqa: E402
 
 
 def test_ppo_on_a_learned_reward_with_the_verifier_watching(tmp_path, monkeypatch):

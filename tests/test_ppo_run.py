@@ -11,10 +11,10 @@ transformers = pytest.importorskip("transformers")
 from ppo_cases import PROMPTS, config, digits_sum, log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
-from rlhf_fast.trainers.critic import ValueHead  # noqa: E402
+from rlhf_fast.trainers.models.critic import ValueHead  # noqa: E402
+from rlhf_fast.trainers.models.reward_model import load_reward_model  # noqa: E402
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer  # noqa: E402
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble  # noqa: E402
-from rlhf_fast.trainers.reward_model import load_reward_model  # noqa: E402
 
 IDS = torch.tensor([[3, 7, 9, 14, 4], [5, 5, 8, 2, 0]])
 
@@ -167,6 +167,7 @@ def test_other_options_run(tmp_path, options):
         (dict(kl_schedule="linear"), "both steer kl_coef"),
         (dict(kl_coef=0.0, ref_model="x"), "no reference is used"),
         (dict(kl_coef=0.0, sync_ref_model=True), "no reference is used"),
+        (dict(kl_coef=0.0, max_kl=1.0), "kl_coef 0 has none"),
         (dict(ref_model_adapters="x"), "goes with ref_model"),
         (dict(kl_in="loss", kl_clip=1.0), "kl_in is loss"),
         (dict(kl_gradient="k2"), "kl_in is reward"),

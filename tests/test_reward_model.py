@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
-from rlhf_fast.trainers.collators import pack, pad
-from rlhf_fast.trainers.reward_model import (
+from rlhf_fast.trainers.data.collators import pack, pad
+from rlhf_fast.trainers.models.reward_model import (
     load_reward_model,
     new_reward_model,
     pool_by_length,

@@ -23,8 +23,8 @@ from stage_cases import (
 from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
 
 from rlhf_fast.cli.demos.task import make_tokenizer
-from rlhf_fast.trainers.collators import PairCollator
-from rlhf_fast.trainers.reward_model import load_reward_model, score_batch
+from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.models.reward_model import load_reward_model, score_batch
 from rlhf_fast.trainers.rm import RewardTrainer, run_rm
 from rlhf_fast.trainers.rm_config import RMConfig
 from rlhf_fast.trainers.run_log import read_log

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from rlhf_fast.trainers.rollout import (  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import (  # noqa: E402
     GroupSampler,
     SamplerSettings,
     make_sampler,

@@ -9,8 +9,8 @@ transformers = pytest.importorskip("transformers")
 
 from test_rollout import EOS, RAGGED, VOCAB, check_recorded, settings, tiny  # noqa: E402
 
-from rlhf_fast.trainers import rollout_continuous  # noqa: E402
-from rlhf_fast.trainers.rollout import SamplerSettings, make_sampler  # noqa: E402
+from rlhf_fast.trainers.rollout import continuous as rollout_continuous  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import SamplerSettings, make_sampler  # noqa: E402
 
 if rollout_continuous.ContinuousBatchingConfig is None:
     pytest.skip("this transformers has no continuous batching", allow_module_level=True)

@@ -21,10 +21,10 @@ transformers = pytest.importorskip("transformers")
 from completions_server import KEY  # noqa: E402
 from test_rollout import EOS, RAGGED, VOCAB, check_recorded, settings, tiny  # noqa: E402
 
-from rlhf_fast.trainers.rollout import make_sampler  # noqa: E402
-from rlhf_fast.trainers.rollout_http import JSONClient, ServerError, ServerOptions  # noqa: E402
-from rlhf_fast.trainers.rollout_server import ServerSampler  # noqa: E402
-from rlhf_fast.trainers.rollout_sync import DiskUpdate, fingerprint  # noqa: E402
+from rlhf_fast.trainers.rollout.http_client import JSONClient, ServerError, ServerOptions  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import make_sampler  # noqa: E402
+from rlhf_fast.trainers.rollout.server import ServerSampler  # noqa: E402
+from rlhf_fast.trainers.rollout.sync import DiskUpdate, fingerprint  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("completions_server.py")
 
@@ -388,7 +388,7 @@ def test_a_run_samples_from_the_weights_that_it_trains(served, tmp_path):
 
 
 def test_options_of_a_run_are_checked():
-    from rlhf_fast.trainers.rollout_config import RolloutConfig
+    from rlhf_fast.trainers.rollout.config import RolloutConfig
 
     def config(**options):
         return RolloutConfig(stage="grpo", **options)

@@ -12,8 +12,8 @@ from test_rollout import EOS, PAD, VOCAB, full_forward, settings, tiny  # noqa: 
 from rlhf_fast.integrations.lm_head import fuse_lm_head  # noqa: E402
 from rlhf_fast.losses import PolicyLoss  # noqa: E402
 from rlhf_fast.trainers.experience import IGNORE, build_experience, collate  # noqa: E402
-from rlhf_fast.trainers.rollout import GroupSampler, Rollout, make_sampler  # noqa: E402
-from rlhf_fast.trainers.rollout_turns import MultiTurnSampler, chat_turn  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import GroupSampler, Rollout, make_sampler  # noqa: E402
+from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, chat_turn  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstu"
 PROMPTS = [[5, 6, 7], [9, 3, 4, 8]]

@@ -96,9 +96,9 @@ def ours(folder: Path, rows: list[dict[str, str]], steps: int, seed: int, device
     from transformers import TrainingArguments
 
     from rlhf_fast.losses.preference import PreferenceLoss
+    from rlhf_fast.trainers.data.pairs import tokenize_pairs
+    from rlhf_fast.trainers.data.readers import Rows
     from rlhf_fast.trainers.dpo import DPOTrainer
-    from rlhf_fast.trainers.pairs import tokenize_pairs
-    from rlhf_fast.trainers.readers import Rows
 
     tokenizer = make_tokenizer()
     trainer = DPOTrainer(

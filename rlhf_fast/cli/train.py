@@ -30,7 +30,7 @@ def _dry_run(config: Any) -> dict[str, Any]:
     import yaml
 
     from rlhf_fast.cli.plan import show
-    from rlhf_fast.trainers.hf_utils import load_tokenizer
+    from rlhf_fast.trainers.models.hf_utils import load_tokenizer
     from rlhf_fast.trainers.plan import plan
 
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
@@ -54,8 +54,8 @@ def _examples(config: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _prompts(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the prompts of PPO and GRPO hold."""
-    from rlhf_fast.trainers.data import tokenize_prompts
-    from rlhf_fast.trainers.dataset_info import load_rows
+    from rlhf_fast.trainers.data.dataset_info import load_rows
+    from rlhf_fast.trainers.data.tokenize import tokenize_prompts
 
     limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
     keys = [("train", "dataset"), ("evaluation", "eval_dataset")]

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .callbacks import SkipBrokenSteps
-from .hf_utils import ready_tokenizer
-from .policy import updating_mode
-from .run_log import peak_memory_mb
+from rlhf_fast.trainers.callbacks import SkipBrokenSteps
+from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
+from rlhf_fast.trainers.models.policy import updating_mode
+from rlhf_fast.trainers.run_log import peak_memory_mb
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_fast.trainers.experience import IGNORE, MicroBatch, MiniBatch
-from rlhf_fast.trainers.policy import Reference
+from rlhf_fast.trainers.models.policy import Reference
 
 
 def logprob_of(model: nn.Module, micro: MicroBatch, temperature: float, *, entropy: bool = False) -> Any:

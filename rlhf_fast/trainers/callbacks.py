@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from .run_log import RunLog
+from rlhf_fast.trainers.run_log import RunLog
 
 _END_OF_RUN = "train_runtime"  # in the last record of a Trainer, which sums up and is no step
 

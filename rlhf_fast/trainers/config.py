@@ -25,7 +25,7 @@ from rlhf_fast.trainers.config_types import (
     require,
     split_override,
 )
-from rlhf_fast.trainers.templates import check_name
+from rlhf_fast.trainers.data.templates import check_name
 
 
 class Stage(NamedTuple):
@@ -216,7 +216,7 @@ class RunConfig:
 
     def dataset_paths(self, key: str = "dataset") -> list[Path]:
         """The paths of `dataset` or `eval_dataset`: entries of dataset_info.json, or paths here or in `dataset_dir`."""
-        from rlhf_fast.trainers.dataset_info import resolve
+        from rlhf_fast.trainers.data.dataset_info import resolve
 
         try:
             return [source.path for source in resolve(names(getattr(self, key)), self.dataset_dir)]

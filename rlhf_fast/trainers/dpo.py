@@ -25,13 +25,12 @@ from transformers import TrainingArguments
 
 from rlhf_fast.losses.pairs import PairSegments, pair_segments
 from rlhf_fast.losses.preference import PreferenceLoss
-
-from .base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets
-from .collators import PairCollator
-from .dpo_config import DPOConfig
-from .hf_utils import load_model
-from .reference_trainer import ReferenceTrainer, reference_options
-from .stage import run_stage
+from rlhf_fast.trainers.base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets
+from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.dpo_config import DPOConfig
+from rlhf_fast.trainers.models.hf_utils import load_model
+from rlhf_fast.trainers.reference_trainer import ReferenceTrainer, reference_options
+from rlhf_fast.trainers.stage import run_stage
 
 
 class DPOTrainer(ReferenceTrainer):

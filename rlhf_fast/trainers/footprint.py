@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from rlhf_fast.trainers.config import RunConfig, find_model
-from rlhf_fast.trainers.hf_utils import choose_attention, find_adapters, is_adapter, weights_dtype
-from rlhf_fast.trainers.lora import adapter_like, add_lora, base_of, freeze_layers, train_in_fp32
-from rlhf_fast.trainers.policy import enable_checkpointing
+from rlhf_fast.trainers.models.hf_utils import choose_attention, find_adapters, is_adapter, weights_dtype
+from rlhf_fast.trainers.models.lora import adapter_like, add_lora, base_of, freeze_layers, train_in_fp32
+from rlhf_fast.trainers.models.policy import enable_checkpointing
 
 CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, AttributeError)  # a forward that looks at its data
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf_fast.ops.kl import kl_estimate
-from rlhf_fast.trainers.collators import Collator
-from rlhf_fast.trainers.data import TokenDataset
-from rlhf_fast.trainers.rollout import evaluating
+from rlhf_fast.trainers.data.collators import Collator
+from rlhf_fast.trainers.data.tokenize import TokenDataset
+from rlhf_fast.trainers.rollout.samplers import evaluating
 
 
 class Perplexity:

@@ -29,12 +29,12 @@ from transformers import TrainerCallback
 
 from rlhf_fast.trainers.beforehand import with_entropy_threshold, with_old, with_reference
 from rlhf_fast.trainers.credit import credit
-from rlhf_fast.trainers.data import Prompt
+from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience
 from rlhf_fast.trainers.gauges import kl_by_estimator
 from rlhf_fast.trainers.grpo_config import GRPOConfig
 from rlhf_fast.trainers.layout import Layout
-from rlhf_fast.trainers.policy import Reference, updating_mode
+from rlhf_fast.trainers.models.policy import Reference, updating_mode
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
 from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl

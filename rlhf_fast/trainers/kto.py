@@ -23,13 +23,19 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlhf_fast.losses.kto import KTO
-
-from .base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets, sequence_sums
-from .collators import KTOCollator, first_scored
-from .hf_utils import load_model
-from .kto_config import KTOConfig
-from .reference_trainer import ReferenceTrainer, no_loss, reference_options
-from .stage import run_stage
+from rlhf_fast.trainers.base import (
+    Totals,
+    first_sequences,
+    model_inputs,
+    scored_lengths,
+    sequence_offsets,
+    sequence_sums,
+)
+from rlhf_fast.trainers.data.collators import KTOCollator, first_scored
+from rlhf_fast.trainers.kto_config import KTOConfig
+from rlhf_fast.trainers.models.hf_utils import load_model
+from rlhf_fast.trainers.reference_trainer import ReferenceTrainer, no_loss, reference_options
+from rlhf_fast.trainers.stage import run_stage
 
 KL = "kl_"  # prefix of the mismatched sequences in a batch
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.experience import Experience, MicroBatch, collate, cut_rows, shared_mask
-from rlhf_fast.trainers.packing import check_packing
-from rlhf_fast.trainers.rollout import evaluating
+from rlhf_fast.trainers.rollout.samplers import evaluating
 
 TOLERANCE = 0.1  # of the effect that a wrong mask has
 

@@ -38,8 +38,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers.config import RunConfig
-from rlhf_fast.trainers.hf_utils import resume_path, save_model
-from rlhf_fast.trainers.lora import optimizer_groups
+from rlhf_fast.trainers.models.hf_utils import resume_path, save_model
+from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)

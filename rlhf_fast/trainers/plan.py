@@ -35,9 +35,9 @@ from rlhf_fast.trainers.footprint import (
     from_config,
     head_of,
 )
-from rlhf_fast.trainers.hf_utils import find_adapters, is_adapter
 from rlhf_fast.trainers.layout import Layout
-from rlhf_fast.trainers.lora import base_of
+from rlhf_fast.trainers.models.hf_utils import find_adapters, is_adapter
+from rlhf_fast.trainers.models.lora import base_of
 
 # Bytes a parameter of the optimizer's states, where they are not two copies of it (AdamW).
 STATES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}

@@ -35,20 +35,20 @@ from rlhf_fast.ops.ppo import ppo_advantages
 from rlhf_fast.ops.value import gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
 from rlhf_fast.trainers.config_types import names
-from rlhf_fast.trainers.critic import ValueHead, critic_of_policy, load_critic
-from rlhf_fast.trainers.data import Prompt
+from rlhf_fast.trainers.data.packing import check_packing
+from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.packing import check_packing
-from rlhf_fast.trainers.policy import Reference, enable_checkpointing, updating_mode
+from rlhf_fast.trainers.models.critic import ValueHead, critic_of_policy, load_critic
+from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing, updating_mode
+from rlhf_fast.trainers.models.reward_model import pool_by_length
 from rlhf_fast.trainers.ppo_config import PPOConfig
 from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, with_mask
 from rlhf_fast.trainers.ppo_metrics import rollout_metrics, rollout_sums
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble
-from rlhf_fast.trainers.reward_model import pool_by_length
 from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
-from rlhf_fast.trainers.rollout import Rollout
+from rlhf_fast.trainers.rollout.samplers import Rollout
 from rlhf_fast.trainers.running_stats import RunningStats
 from rlhf_fast.trainers.stepwise import as_queries, as_rollout
 
@@ -219,8 +219,6 @@ class PPOTrainer(RLTrainer):
         progress = (loop.state.global_step + 1) / loop.state.max_steps
         self.kl.update(metrics.get("kl_sequence", math.nan), int(metrics.pop("sequences")), progress)
         loop.state.num_input_tokens_seen += int(self.everywhere(rollout.lengths).sum())
-        if self.config.sync_ref_model and (loop.state.global_step + 1) % self.config.ref_model_sync_steps == 0:
-            self.reference.sync(loop.unwrapped, self.config.ref_model_mixup_alpha)
         return metrics
 
     def advantages(

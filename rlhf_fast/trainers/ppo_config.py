@@ -95,6 +95,8 @@ class PPOConfig(RLConfig):
             raise ValueError("kl_gradient belongs to the KL in the loss, and kl_in is reward")
         if self.kl_coef == 0 and (self.ref_model or self.ref_model_adapters or self.sync_ref_model):
             raise ValueError("kl_coef is 0: no reference is used; leave out ref_model, its adapters and sync_ref_model")
+        if self.kl_coef == 0 and self.max_kl is not None:
+            raise ValueError("max_kl stops the run by the KL against the reference, and kl_coef 0 has none")
         if self.ref_model_adapters and not self.ref_model:
             raise ValueError("ref_model_adapters goes with ref_model, the model under them")
         if self.critic == "shared" and self.critic_model is not None:

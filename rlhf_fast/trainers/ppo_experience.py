@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.trainers.rollout import Rollout
+from rlhf_fast.trainers.rollout.samplers import Rollout
 
 IGNORE = -100
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.trainers.policy import Reference
+from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.ppo_config import PPOConfig
 from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, cut, lay_out
-from rlhf_fast.trainers.rollout import evaluating
+from rlhf_fast.trainers.rollout.samplers import evaluating
 
 
 class Roles:

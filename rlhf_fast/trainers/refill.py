@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.trainers.credit import informative
-from rlhf_fast.trainers.data import Prompt
+from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.rewards import Scores, Steps
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings
+from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings
 from rlhf_fast.trainers.stepwise import as_queries, as_rollout
 
 if TYPE_CHECKING:

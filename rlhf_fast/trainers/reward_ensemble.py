@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from rlhf_fast.trainers.config import find_model
 from rlhf_fast.trainers.config_types import names
-from rlhf_fast.trainers.hf_utils import DTYPES, is_adapter, vocabulary_size
-from rlhf_fast.trainers.reward_model import load_reward_model, score_sequences
+from rlhf_fast.trainers.models.hf_utils import DTYPES, is_adapter, vocabulary_size
+from rlhf_fast.trainers.models.reward_model import load_reward_model, score_sequences
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, load_function
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.running_stats import RunningStats
@@ -34,7 +34,7 @@ class RewardModel:
     """A reward model as a reward function: the score of prompt + completion.
 
     Args:
-        model: a sequence classifier with one label; see `rlhf_fast.trainers.reward_model`. It is not trained here.
+        model: a sequence classifier with one label; see `rlhf_fast.trainers.models.reward_model`. Not trained here.
         pad_token_id: any id of its vocabulary; lengths tell padding, ids do not.
         batch_size: sequences a forward, of similar lengths.
         name: in the metrics, as reward_<name>.

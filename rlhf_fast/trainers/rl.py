@@ -13,16 +13,16 @@ from transformers import TrainerCallback, set_seed
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.brakes import Brakes
-from rlhf_fast.trainers.data import Prompt
-from rlhf_fast.trainers.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
+from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.policy import Reference, enable_checkpointing
+from rlhf_fast.trainers.models.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
+from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
 from rlhf_fast.trainers.reward_ensemble import load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, make_sampler
-from rlhf_fast.trainers.rollout_turns import MultiTurnSampler, conversations
+from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
+from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
 from rlhf_fast.trainers.stepwise import as_queries
 
 

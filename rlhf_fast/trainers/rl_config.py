@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_fast.trainers.config import require
-from rlhf_fast.trainers.rollout_config import RolloutConfig
+from rlhf_fast.trainers.rollout.config import RolloutConfig
 
 
 @dataclass(kw_only=True)

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.trainers.data import Prompt, check_prompt_vocabulary, check_vocabulary, tokenize_prompts, tokenize_sft
-from rlhf_fast.trainers.dataset_info import load_rows
+from rlhf_fast.trainers.data.dataset_info import load_rows
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import (
+    Prompt,
+    check_prompt_vocabulary,
+    check_vocabulary,
+    tokenize_prompts,
+    tokenize_sft,
+)
 from rlhf_fast.trainers.gauges import Perplexity
-from rlhf_fast.trainers.readers import Rows
 from rlhf_fast.trainers.rl_config import RLConfig
 
 

@@ -14,17 +14,17 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .base import FusedTrainer
-from .callbacks import QuietProgress, RunLogCallback
-from .config import TrainerConfig
-from .data import check_vocabulary, tokenize_sft
-from .dataset_info import load_rows
-from .hf_utils import load_tokenizer, resume_path, vocabulary_size
-from .lora import optimizer_groups
-from .packing import check_packing
-from .pairs import tokenize_kto, tokenize_pairs
-from .readers import Rows
-from .run_log import RunLog, peak_memory_mb, write_atomic
+from rlhf_fast.trainers.base import FusedTrainer
+from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback
+from rlhf_fast.trainers.config import TrainerConfig
+from rlhf_fast.trainers.data.dataset_info import load_rows
+from rlhf_fast.trainers.data.packing import check_packing
+from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
+from rlhf_fast.trainers.models.hf_utils import load_tokenizer, resume_path, vocabulary_size
+from rlhf_fast.trainers.models.lora import optimizer_groups
+from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
 
 def run_stage(

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.trainers.data import Prompt
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings
+from rlhf_fast.trainers.data.tokenize import Prompt
+from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings
 
 
 def as_queries(queries: Sequence[str | Sequence[int]], tokenizer: Any) -> list[Prompt]:

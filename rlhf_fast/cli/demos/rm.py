@@ -98,7 +98,7 @@ def best_of(folder: Path, judged: list[samples.Judged]) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from rlhf_fast.trainers.reward_model import load_reward_model, score_sequences
+    from rlhf_fast.trainers.models.reward_model import load_reward_model, score_sequences
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), load_reward_model(folder)
     texts = [

@@ -32,7 +32,7 @@ def sample(folder: Path, data: Path, seed: int, *, count: int | None = None, mix
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlhf_fast.trainers.rewards import exact_match
-    from rlhf_fast.trainers.rollout import GroupSampler, SamplerSettings
+    from rlhf_fast.trainers.rollout.samplers import GroupSampler, SamplerSettings
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ends = dict(eos_token_ids=(tokenizer.eos_token_id,), pad_token_id=tokenizer.pad_token_id)

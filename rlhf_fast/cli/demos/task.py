@@ -161,7 +161,7 @@ def answers(folder: Path, data: Path) -> Answers:
     """(prompt, right answer, greedy completion) of every row for the model in `folder`, loaded afresh."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_fast.trainers.rollout import GroupSampler, SamplerSettings
+    from rlhf_fast.trainers.rollout.samplers import GroupSampler, SamplerSettings
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

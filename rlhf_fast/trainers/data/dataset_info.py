@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat import SHAREGPT, Tags, as_messages
-from .config_types import names, nearest
-from .readers import Rows, read_rows
+from rlhf_fast.trainers.config_types import names, nearest
+from rlhf_fast.trainers.data.chat import SHAREGPT, Tags, as_messages
+from rlhf_fast.trainers.data.readers import Rows, read_rows
 
 REGISTRY = "dataset_info.json"
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from rlhf_fast.trainers.rollout import (
+from rlhf_fast.trainers.rollout.samplers import (
     Rollout,
     SamplerSettings,
     evaluating,

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import forms
-from .data import BATCH, DataStats, TokenDataset, flatten
-from .encoder import Encoder, check_policy, fit, fit_prompt, overlong
-from .readers import Rows
+from rlhf_fast.trainers.data import forms
+from rlhf_fast.trainers.data.encoder import Encoder, check_policy, fit, fit_prompt, overlong
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import BATCH, DataStats, TokenDataset, flatten
 
 Tokens = tuple[np.ndarray, np.ndarray]  # ids and scored, (T,) each
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.trainers.lora import merged
-from rlhf_fast.trainers.reward_model import new_reward_model, pool_by_length, score_heads
+from rlhf_fast.trainers.models.lora import merged
+from rlhf_fast.trainers.models.reward_model import new_reward_model, pool_by_length, score_heads
 from rlhf_fast.trainers.rl_config import RLConfig
 
 HEAD_NAME = "value_head.safetensors"

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import forms
-from .collators import Collator as Collator
-from .collators import first_scored
-from .encoder import Encoder, check_policy, fit, overlong
-from .readers import Rows
+from rlhf_fast.trainers.data import forms
+from rlhf_fast.trainers.data.collators import Collator as Collator
+from rlhf_fast.trainers.data.collators import first_scored
+from rlhf_fast.trainers.data.encoder import Encoder, check_policy, fit, overlong
+from rlhf_fast.trainers.data.readers import Rows
 
 _COUNTS = (
     "truncated_prompts",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .sources import SAVED, SUFFIXES, Listed, Source, kind, open_source
+from rlhf_fast.trainers.data.sources import SAVED, SUFFIXES, Listed, Source, kind, open_source
 
 Convert = Callable[[dict[str, Any], str], dict[str, Any]]  # (row, where) -> row of a known form
 

@@ -32,7 +32,7 @@ class RolloutConfig(RunConfig):
     rollout_server_update_body: dict[str, Any] | None = None  # what is posted there; None: {"model_path": "{path}"}
     rollout_server_update_folder: str | None = None  # None: server_weights in output_dir
     # ---- conversations: max_completion_length bounds the whole of one, the environment's tokens included
-    environment: str | None = None  # "package.module:function", see rollout_turns.Environment
+    environment: str | None = None  # "package.module:function", see rollout.turns.Environment
     environment_role: str = "user"  # of its messages, where the tokenizer has a chat template
     max_turns: int = 4  # turns of the policy in a completion, with an environment
     max_turn_length: int | None = None  # sampled tokens of a turn; None: max_completion_length
@@ -63,8 +63,8 @@ class RolloutConfig(RunConfig):
         """Keywords of `make_sampler` beyond those that every sampler takes."""
         if self.sampler != "server":
             return {}
-        from rlhf_fast.trainers.rollout_http import JSONClient, ServerOptions
-        from rlhf_fast.trainers.rollout_sync import DiskUpdate
+        from rlhf_fast.trainers.rollout.http_client import JSONClient, ServerOptions
+        from rlhf_fast.trainers.rollout.sync import DiskUpdate
 
         options = ServerOptions(
             self.rollout_server_url,

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rlhf_fast.trainers.hf_utils import vocabulary_size
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, flat_rollout, prompts_at_once
-from rlhf_fast.trainers.rollout_http import BadAnswer, JSONClient, ServerError, ServerOptions
-from rlhf_fast.trainers.rollout_sync import ServedWeights
+from rlhf_fast.trainers.models.hf_utils import vocabulary_size
+from rlhf_fast.trainers.rollout.http_client import BadAnswer, JSONClient, ServerError, ServerOptions
+from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, flat_rollout, prompts_at_once
+from rlhf_fast.trainers.rollout.sync import ServedWeights
 
 ROUNDING = 1e-3  # a log-probability may exceed 0 by that much in half precision; it is recorded as 0
 # Servers take defaults from the model's generation config unless told otherwise.
@@ -47,7 +47,7 @@ class ServerSampler:
         seed: seeds the sampler's own generator, which seeds the requests; saved by `state_dict`.
         batch_size: sequences asked for at once, besides `options.concurrency`.
         sync: called with the model before a rollout whenever its weights have changed, such as
-            `rollout_sync.DiskUpdate`. None: the server keeps the weights it has, and a warning counts how old they are.
+            `sync.DiskUpdate`. None: the server keeps the weights it has, and a warning counts how old they are.
     Raises: ServerError when the server fails for good, answers what was not asked, gives no token ids, or gives
         log-probabilities at another temperature.
     """

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import RunConfig, find_model
-from .config_types import names
-from .lora import base_of, choose_trained, merge_adapter
-from .quantization import quantization_options
-from .templates import apply_template
+from rlhf_fast.trainers.config import RunConfig, find_model
+from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.data.templates import apply_template
+from rlhf_fast.trainers.models.lora import base_of, choose_trained, merge_adapter
+from rlhf_fast.trainers.models.quantization import quantization_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .chat import Chat, Segment, Turns, as_messages, chat_segments, has_template, parsed_json
+from rlhf_fast.trainers.data.chat import Chat, Segment, Turns, as_messages, chat_segments, has_template, parsed_json
 
 COMPLETION_KEYS = ("completion", "response", "output")
 CHAT_KEYS = ("messages", "conversations")

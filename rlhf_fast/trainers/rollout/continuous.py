@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
-from rlhf_fast.trainers.rollout import Rollout, SamplerSettings, evaluating, flat_rollout, prompts_at_once
+from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, evaluating, flat_rollout, prompts_at_once
 
 try:
     from transformers import ContinuousBatchingConfig

@@ -2,8 +2,8 @@
 
 A sampler is called with token-id prompts and a group size and returns a `Rollout`: flat ids and log-probabilities
 with `cu_seqlens`, prompt-major (the G completions of prompt 0 first). `GroupSampler` prefills each prompt once for
-its whole group and runs its own decode loop. The others: `rollout_generate` (`model.generate`), `rollout_continuous`
-(transformers' continuous batching), `rollout_server` (a completions server over HTTP); `rollout_turns` makes
+its whole group and runs its own decode loop. The others: `generate` (`model.generate`), `continuous`
+(transformers' continuous batching), `server` (a completions server over HTTP); `turns` makes
 conversations with tools out of any of them.
 
 Departures from the textbook loop:
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf_fast.trainers.rollout_cache import expand_cache
+from rlhf_fast.trainers.rollout.cache import expand_cache
 
 
 @dataclass(frozen=True)
@@ -283,10 +283,10 @@ def restrict(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 SAMPLERS = {
-    "group": "rollout:GroupSampler",
-    "generate": "rollout_generate:GenerateSampler",
-    "continuous": "rollout_continuous:ContinuousSampler",
-    "server": "rollout_server:ServerSampler",
+    "group": "samplers:GroupSampler",
+    "generate": "generate:GenerateSampler",
+    "continuous": "continuous:ContinuousSampler",
+    "server": "server:ServerSampler",
 }
 
 
@@ -295,4 +295,4 @@ def make_sampler(kind: str, model: nn.Module, settings: SamplerSettings, **kwarg
     if kind not in SAMPLERS:
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {kind!r}")
     module, _, name = SAMPLERS[kind].partition(":")
-    return getattr(importlib.import_module(f"rlhf_fast.trainers.{module}"), name)(model, settings, **kwargs)
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)(model, settings, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_fast.trainers.rollout_http import BadAnswer, JSONClient
+from rlhf_fast.trainers.rollout.http_client import BadAnswer, JSONClient
 
 # What this process last told each server (by the address it announced it to): samplers come and go, servers stay.
 HELD: dict[str, tuple[int, ...]] = {}

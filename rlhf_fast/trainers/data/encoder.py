@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .chat import Segment
-from .collators import first_scored
-from .readers import Rows
+from rlhf_fast.trainers.data.chat import Segment
+from rlhf_fast.trainers.data.collators import first_scored
+from rlhf_fast.trainers.data.readers import Rows
 
 
 class Encoder:

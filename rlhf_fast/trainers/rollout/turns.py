@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fast.trainers.rewards import load_function
-from rlhf_fast.trainers.rollout import Rollout, Sampler, prompts_at_once
+from rlhf_fast.trainers.rollout.samplers import Rollout, Sampler, prompts_at_once
 
 # environment(prompts, completions, columns) -> the next message of each conversation, None where it is over.
 # completions[i] holds the texts of conversation i in turn: the policy's, the environment's, the policy's, ...

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast import _checks
-
-from .config import RunConfig, find_model
-from .hf_utils import load_folder, load_model
+from rlhf_fast.trainers.config import RunConfig, find_model
+from rlhf_fast.trainers.models.hf_utils import load_folder, load_model
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .config_types import nearest
+from rlhf_fast.trainers.config_types import nearest
 
 PLAIN = ("default", "empty")
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The models of a run: loading and saving, adapters, quantisation, references, critics, reward models."""
