@@ -4,28 +4,10 @@ import json
 
 import torch
 import transformers
+from grpo_cases import PROMPTS, digits_sum, tiny
 
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
-
-PROMPTS = ["25>", "7>", "90331>", "2516>", "8>", "11>", "4444>", "306>"]
-
-
-def tiny(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=15, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=2, pad_token_id=0, **kwargs,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    return model
-
-
-def digits_sum(completion_ids, **_):
-    return [float(sum(ids) % 7) for ids in completion_ids]
 
 
 def config(tmp_path, **kwargs):
