@@ -32,5 +32,5 @@ def test_never_slower_than_naive(op):
     calls = {name: build(PROVIDERS[name], case, x) for name in ("rlhf_fast", "torch")}
     for call in calls.values():
         call()
-    timings = interleaved(calls, "cpu", 3)
-    assert timings["rlhf_fast"].median <= timings["torch"].median, timings
+    timings = interleaved(calls, "cpu", 5)
+    assert timings["rlhf_fast"].best <= timings["torch"].best, timings  # the best: others may be at work
