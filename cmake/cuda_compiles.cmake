@@ -12,8 +12,10 @@ string(SUBSTRING ${fingerprint} 0 12 fingerprint)
 set(kernels ${cuda_sources})
 list(FILTER kernels INCLUDE REGEX "\\.cu$")
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+# CMake hands a CUDA-only try_compile no ranlib, and its link of a static library then runs an empty command.
 try_compile(RLHF_CUDA_COMPILES_${fingerprint} ${CMAKE_BINARY_DIR}/cuda_compiles SOURCES ${kernels}
-            CMAKE_FLAGS "-DCMAKE_CUDA_ARCHITECTURES=80-virtual" CUDA_STANDARD 17 OUTPUT_VARIABLE output)
+            CMAKE_FLAGS "-DCMAKE_CUDA_ARCHITECTURES=80-virtual" "-DCMAKE_RANLIB=${CMAKE_RANLIB}" "-DCMAKE_AR=${CMAKE_AR}"
+            CUDA_STANDARD 17 OUTPUT_VARIABLE output)
 unset(CMAKE_TRY_COMPILE_TARGET_TYPE)
 if(NOT RLHF_CUDA_COMPILES_${fingerprint})
   set(cuda_state "nvcc ${CMAKE_CUDA_COMPILER_VERSION} did not compile the CUDA sources, see the log of the build")
