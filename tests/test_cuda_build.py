@@ -58,21 +58,29 @@ def test_compiles_without_spills(source, tmp_path):
         assert use["shared"] <= 48 * 1024, (name, arch)
 
 
-@needs_nvcc
-def test_sources_that_do_not_compile_cost_the_cuda_module_alone(tmp_path):
-    """RLHF_FAST_CUDA=auto: the build goes on without `_cuda`, and `_C` knows why (`rlhf-fast doctor` shows it)."""
+def configure(folder: Path) -> subprocess.CompletedProcess:
+    """CMake over the copy of the sources in `folder`."""
     pybind11 = pytest.importorskip("pybind11")
-    root = SOURCES[0].parents[2]
-    for name in ("csrc", "cmake"):
-        shutil.copytree(root / name, tmp_path / name)
-    shutil.copy(root / "CMakeLists.txt", tmp_path)
-    with open(tmp_path / "csrc" / "cuda" / SOURCES[0].name, "a") as file:
-        file.write('\n#error "planted"\n')
     cmake = shutil.which("cmake") or pytest.skip("no cmake")
-    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = [cmake, "-S", str(folder), "-B", str(folder / "b"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert list((folder / "b").rglob("_C.dir"))
+    return done
+
+
+@needs_nvcc
+def test_broken_sources_cost_the_cuda_module_alone(tmp_path):
+    """RLHF_FAST_CUDA=auto: without `_cuda` the build goes on, and `_C` knows why (`rlhf-fast doctor` shows it)."""
+    for name in ("csrc", "cmake"):
+        shutil.copytree(SOURCES[0].parents[2] / name, tmp_path / name)
+    shutil.copy(SOURCES[0].parents[2] / "CMakeLists.txt", tmp_path)
+    done = configure(tmp_path)
+    assert list((tmp_path / "b").rglob("_cuda.dir")), done.stdout + done.stderr
+    with open(tmp_path / "csrc" / "cuda" / SOURCES[0].name, "a") as file:
+        file.write('\n#error "planted"\n')
+    shutil.rmtree(tmp_path / "b")
+    done = configure(tmp_path)
     assert "planted" in done.stderr
     assert "did not compile the CUDA sources" in done.stdout
     assert not list((tmp_path / "b").rglob("_cuda.dir"))
-    assert list((tmp_path / "b").rglob("_C.dir"))
