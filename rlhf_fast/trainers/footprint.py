@@ -199,7 +199,8 @@ def cache_bytes(model: nn.Module, config: RunConfig, notes: list[str]) -> int:
     try:
         with torch.no_grad(), autocast(model, config):
             out = trunk_of(model.eval())(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True)
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers) // 2
+        cache = out.cache if "cache" in out else out.past_key_values  # transformers 5.24 renamed it
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
     except CANNOT_RUN as error:
         notes.append(f"the rollout's keys and values are not counted: {error}")
         return 0

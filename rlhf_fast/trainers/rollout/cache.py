@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What the model's forward calls its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 class RoomyLayer(DynamicLayer):
@@ -12,7 +19,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, repeats: int, room: int):
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.key_room = self._reserve(layer.keys, repeats, room)
         self.value_room = self._reserve(layer.values, repeats, room)
         self._view(layer.keys.shape[2])

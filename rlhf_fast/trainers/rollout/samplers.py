@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf_fast.trainers.rollout.cache import expand_cache
+from rlhf_fast.trainers.rollout.cache import cache_keyword, expand_cache
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class GroupSampler:
         names = inspect.signature(type(base).forward).parameters
         self._takes_positions = "position_ids" in names
         self._prefill_args = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-        self._config, self._shares = base.config, True
+        self._config, self._shares, self._cache_keyword = base.config, True, cache_keyword(base)
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._eos = torch.tensor(settings.eos_token_ids, device=self.device)
@@ -203,6 +203,8 @@ class GroupSampler:
         try:
             expand_cache(cache, repeats, room)
         except (AttributeError, NotImplementedError):
+            if not shared:
+                raise
             warnings.warn(
                 f"{type(self.model).__name__}'s cache cannot be repeated for a group: each prompt is prefilled "
                 f"{group_size} times instead of once",
@@ -216,9 +218,10 @@ class GroupSampler:
         return cache, logits, mask, lengths
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache, **kwargs) -> Tensor:
+        kwargs[self._cache_keyword] = cache
         if self._takes_positions:
             kwargs["position_ids"] = positions
-        out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
+        out = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **kwargs)
         return out.logits[:, -1]
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
