@@ -1,0 +1,5 @@
+"""`python -m rlhf_fast` is `rlhf-fast`: what launchers that take a module start."""
+
+from rlhf_fast.cli.main import app
+
+app(prog_name="rlhf-fast")
