@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASK_DTYPES = (torch.bool, *INTEGER_DTYPES, *FLOAT_DTYPES)
+SCALAR_DTYPES = (*FLOAT_DTYPES, *INTEGER_DTYPES)
 
 
 def shape_str(shape: Sequence[int]) -> str:
@@ -17,9 +20,11 @@ def shape_str(shape: Sequence[int]) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise a TypeError unless `value` is a tensor."""
+    """Raise unless `value` is a tensor with one number in memory for each element (neither sparse nor mkldnn's)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -42,6 +47,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        check_tensor(name, tensor)
         if device is None:
             first, device = name, tensor.device
         elif tensor.device != device:
@@ -60,22 +66,99 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have {first}'s dtype {dtype}, got {tensor.dtype}")
 
 
+def check_mask(name: str, mask: Tensor, expected: Sequence[int], dims: str) -> None:
+    """Raise unless `mask` is of the given shape and holds truth values, or numbers of which 0 is false."""
+    check_shape(name, mask, expected, dims)
+    if mask.dtype not in MASK_DTYPES:
+        raise ValueError(f"{name} must be bool, integers or a usual float dtype, got {mask.dtype}")
+
+
+def check_number(name: str, value: float, *, least: float = -math.inf, most: float = math.inf) -> float:
+    """Return `value` as a float; raise unless it is a finite number in [least, most]."""
+    number = _real(name, value)
+    if not (least <= number <= most and -math.inf < number < math.inf):
+        bounds = [f">= {least:g}"] * (least > -math.inf) + [f"<= {most:g}"] * (most < math.inf)
+        raise ValueError(f"{name} must be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}, got {value}")
+    return number
+
+
 def check_positive(name: str, value: float) -> float:
-    """Return `value` as a float; raise a ValueError unless it is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    """Return `value` as a float; raise unless it is a finite number > 0."""
+    number = _real(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
-    return float(value)
+    return number
 
 
 def check_finite(name: str, value: float) -> float:
     """Return `value` as a float; raise unless it is a finite, non-zero number."""
+    number = _real(name, value)
+    if number == 0 or not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be a finite number other than 0, got {value}")
+    return number
+
+
+def check_int(name: str, value: int, *, least: int = -(2**63)) -> int:
+    """Return `value`; raise unless it is an integer >= `least` that 64 bits hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not least <= value < 2**63:
+        bound = f" >= {least}" if least > -(2**63) else ""
+        raise ValueError(f"{name} must be a 64-bit integer{bound}, got {short(value)}")
+    return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return `value`; raise a TypeError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise unless `value` is one of the allowed words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
+
+
+def check_scalar(name: str, value: Tensor | float, *, positive: bool = False) -> None:
+    """Raise unless `value` is a finite number, or a tensor of one; on the CPU, where looking costs nothing.
+
+    positive: it must be > 0.
+    """
+    if not isinstance(value, Tensor):
+        check_positive(name, value) if positive else check_number(name, value)
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be a number that 64 bits hold, got {short(value)}")
+        return
+    check_tensor(name, value)
+    if value.is_meta:
+        raise ValueError(f"{name} must hold a number, got a tensor on the meta device")
+    if value.numel() != 1 or value.dtype not in SCALAR_DTYPES:
+        raise ValueError(
+            f"{name} must be a number or a real tensor of one element, got {shape_str(value.shape)} {value.dtype}"
+        )
+    if type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_scalar(name, value.item(), positive=positive)
+
+
+def _real(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if value == 0 or not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be a finite number other than 0, got {value}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got an integer beyond the floats") from None
+
+
+def short(value: object) -> str:
+    """`repr` for a message: on one line, of bounded length."""
+    if isinstance(value, Tensor):
+        return f"a tensor {shape_str(value.shape)} {value.dtype}"
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "an integer of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_target(name: str, target: Tensor, expected: Sequence[int], dims: str) -> None:
@@ -100,6 +183,8 @@ def check_target_range(name: str, target: Tensor, mask: Tensor, size: int) -> No
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """Return the offsets as a list; raise unless they rise from 0 to `total`. One host sync."""
     check_tensor(name, cu_seqlens)
+    if cu_seqlens.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be (S+1,) int32 or int64, got {shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}")
     offsets = cu_seqlens.tolist()

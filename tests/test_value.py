@@ -556,7 +556,7 @@ BAD = [
     (lambda x: shape_rewards(x[:, 0], x), "logprob and ref_logprob must be given together"),
     (lambda x: shape_rewards(x[:, 0]), "mask must be given when there is no logprob"),
     (lambda x: shape_rewards(x[:3, 0], x, x), r"scores must be \(B,\)=\(4,\), got \(3,\)"),
-    (lambda x: value_loss(x, x, x, kind="l1"), "kind must be mse or huber, got 'l1'"),
+    (lambda x: value_loss(x, x, x, kind="l1"), "kind must be one of mse, huber, got 'l1'"),
     (lambda x: value_loss(x, x, x[:, :2]), "returns must be"),
     (lambda x: value_loss(x, x, x, clip=-1.0), "clip must be a finite number > 0"),
     (lambda x: value_loss(x, x, x, aggregation="mean"), "aggregation must be one of token_mean"),

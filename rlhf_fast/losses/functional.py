@@ -70,6 +70,13 @@ def policy_loss(
     for name, tensor in {**batch, "entropy": entropy, "mask": mask}.items():
         if tensor is not None:
             _checks.check_shape(name, tensor, logprob.shape, "(B, T)" if padded else "(N,)")
+            if name != "mask":
+                _checks.check_float(name, tensor)
+    if mask is not None:
+        _checks.check_mask("mask", mask, logprob.shape, "(B, T)" if padded else "(N,)")
+    _checks.check_float("advantages", advantages)
+    _checks.check_same_device(logprob=logprob, **{k: v for k, v in batch.items() if k != "logprob"}, mask=mask)
+    _checks.check_same_device(logprob=logprob, advantages=advantages, entropy=entropy)
     batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
     batch = {name: _flat(t) for name, t in batch.items()}
     length = logprob.shape[1] if padded else None

@@ -61,12 +61,11 @@ class KTO(ReadyMade):
     segment_keys = ("desirable", "ref_sequence", "valid_sequence")
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(unknown("KTO kind", self.kind, KINDS))
         _checks.check_positive("beta", self.beta)
         for name in ("desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+            _checks.check_number(name, getattr(self, name), least=0)
         self._register()
 
     def prepare(self, batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Any]:
@@ -197,11 +196,13 @@ def kto_loss(
     _checks.check_float("logprob", logprob)
     if logprob.dim() != 1:
         raise ValueError(f"logprob must be (B,), got {_checks.shape_str(logprob.shape)}")
+    _checks.check_float("ref_logprob", ref_logprob)
     _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "(B,)")
     _check_desirable(desirable, logprob.shape, "(B,)")
     _checks.check_same_device(logprob=logprob, ref_logprob=ref_logprob, desirable=desirable, mask=mask)
+    if mask is not None:
+        _checks.check_mask("mask", mask, logprob.shape, "(B,)")
     valid = torch.ones_like(desirable) if mask is None else mask.bool()
-    _checks.check_shape("mask", valid, logprob.shape, "(B,)")
     batch = {"desirable": desirable, "ref_sequence": ref_logprob.detach(), "valid_sequence": valid}
     batch |= loss_fn._numbers({"kl": kl, "normalizer": normalizer}, desirable, valid)
     return LossMetrics(*loss_fn._loss(_wide(logprob), batch))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_fast import _checks
 from rlhf_fast.losses.registry import Variant
 from rlhf_fast.losses.weights import AGGREGATIONS, CORRECTIONS
 from rlhf_fast.ops.kl import check_estimator
@@ -46,9 +48,17 @@ def check_options(o: PolicyLoss) -> None:
     """Raise on an option that cannot be, naming it, what was expected and what came."""
 
     def choice(name: str, allowed: tuple[str, ...], optional: bool = False) -> None:
+        if not (optional and getattr(o, name) is None):
+            _checks.check_choice(name, getattr(o, name), allowed)
+
+    def number(name: str, ok: Callable[[float], bool], expected: str, optional: bool = True) -> None:
         value = getattr(o, name)
-        if value not in allowed and not (optional and value is None):
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number {expected}, got {_checks.short(value)}")
+        if (isinstance(value, int) and abs(value) >= 2**63) or not ok(value):
+            raise ValueError(f"{name} must be {expected}, got {_checks.short(value)}")
 
     choice("aggregation", AGGREGATIONS)
     choice("importance_level", IMPORTANCE_LEVELS)
@@ -56,16 +66,23 @@ def check_options(o: PolicyLoss) -> None:
     check_estimator("kl_estimator", o.kl_estimator)
     if o.kl_gradient is not None:
         check_estimator("kl_gradient", o.kl_gradient)
-    if o.aggregation == "fixed_length" and (o.max_length is None or o.max_length <= 0):
-        raise ValueError(f"max_length must be > 0 for aggregation 'fixed_length', got {o.max_length}")
+    if o.aggregation == "fixed_length" and o.max_length is None:
+        raise ValueError("max_length must be > 0 for aggregation 'fixed_length', got None")
+    number("max_length", lambda x: x > 0, "> 0")
     for name in ("clip_low", "clip_high"):
-        if not getattr(o, name) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(o, name)}")
-    if o.delta is not None and not o.delta > 0:
-        raise ValueError(f"delta must be > 0, got {o.delta}")
-    if o.dual_clip is not None and not o.dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1, got {o.dual_clip}")
-    if o.top_entropy is not None and not 0 <= o.top_entropy <= 1:
-        raise ValueError(f"top_entropy must be in [0, 1], got {o.top_entropy}")
-    if o.correction_min is not None and not o.correction_min < o.correction_max:
-        raise ValueError(f"correction_min must be < correction_max={o.correction_max}, got {o.correction_min}")
+        number(name, lambda x: x >= 0, ">= 0", optional=False)
+    number("delta", lambda x: x > 0, "> 0")
+    number("dual_clip", lambda x: x > 1, "> 1")
+    number("top_entropy", lambda x: 0 <= x <= 1, "in [0, 1]")
+    for name in ("beta", "entropy_coef"):
+        number(name, math.isfinite, "finite", optional=False)
+    number("off_policy_threshold", lambda x: x == x, "a number")
+    number("correction_max", lambda x: x > 0, "> 0")
+    limit = math.inf if o.correction_max is None else o.correction_max
+    number("correction_min", lambda x: x < limit, f"< correction_max={o.correction_max}")
+    _checks.check_flag("kl_correction", o.kl_correction)
+    for name in ("normalizer", "entropy_normalizer"):
+        if getattr(o, name) is not None:
+            _checks.check_scalar(name, getattr(o, name), positive=True)
+    for name, value in o.params.items():
+        _checks.check_number(name, value)

@@ -46,6 +46,13 @@ def pair_segments(cu_seqlens: Tensor, total: int) -> PairSegments:
     return PairSegments(cu_seqlens[::2], torch.repeat_interleave(odd, cu_seqlens.diff().long(), output_size=total))
 
 
+def check_two(name: str, pair: object) -> None:
+    """Raise unless `pair` is a tuple or list of two."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        got = len(pair) if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise ValueError(f"{name} must be two tensors, of chosen and rejected, got {got}")
+
+
 class FlatPairs(NamedTuple):
     """Padded pairs as one flat batch."""
 
@@ -67,10 +74,14 @@ def flatten_pairs(
     shapes = {"chosen": chosen.shape, "rejected": rejected.shape}
 
     def joined(name: str, pair: tuple[Tensor, Tensor]) -> Tensor:
-        if len(pair) != 2:
-            raise ValueError(f"{name} must be two tensors, of chosen and rejected, got {len(pair)}")
+        check_two(name, pair)
         for (side, shape), tensor in zip(shapes.items(), pair, strict=True):
             _checks.check_shape(f"{name} of {side}", tensor, shape, "(B, T)")
+            _checks.check_same_device(chosen=chosen, **{f"{name} of {side}": tensor})
+            if tensor.dtype not in _checks.MASK_DTYPES or (name != "mask" and not tensor.is_floating_point()):
+                raise ValueError(
+                    f"{name} of {side} must be a usual float dtype{', or bool' * (name == 'mask')}, got {tensor.dtype}"
+                )
         return torch.cat(pair, dim=1).reshape(-1)
 
     rows, width = chosen.shape[0], chosen.shape[1] + rejected.shape[1]
@@ -115,7 +126,9 @@ def prepare_pairs(
         *((name, (pairs,), "(P,)") for name in ("ref_chosen", "ref_rejected", "pair_weight")),
     ):
         if name in given:
+            _checks.check_float(name, given[name])
             _checks.check_shape(name, given[name], shape, dims)
+            _checks.check_same_device(is_chosen=is_chosen, **{name: given[name]})
     segments = Segments.from_cu_seqlens(cu_seqlens.to(device), mask)
     out: dict[str, Any] = {"is_chosen": is_chosen, "valid": mask, "segment_ids": segments.ids, "num_segments": pairs}
     chosen_length, rejected_length = _split_sum(mask.long(), out)
@@ -186,6 +199,7 @@ def _positions(batch: Mapping[str, Any], cu_seqlens: Tensor) -> Tensor:
 
 def number(name: str, value: Any, device: torch.device) -> Tensor:
     """A 0-d tensor, so that no chunk and no compiled graph depends on the number."""
+    _checks.check_scalar(name, value, positive=name in ("normalizer", "chosen_tokens"))
     dtype = torch.float64 if isinstance(value, float) else None
     value = torch.as_tensor(value, device=device, dtype=dtype)
     if value.dim() != 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.losses.pairs import flatten_pairs, pair_segments, prepare_pairs, token_sums
+from rlhf_fast.losses.pairs import check_two, flatten_pairs, pair_segments, prepare_pairs, token_sums
 from rlhf_fast.losses.preference_kinds import (
     F_ALIASES,
     PairTerms,
@@ -314,10 +314,18 @@ def _sequence_level(
     if o.ld_alpha is not None:
         raise ValueError(f"ld_alpha needs per-token chosen (B, T), got chosen {_checks.shape_str(size)}")
     given = {"ref_chosen": refs[0], "ref_rejected": refs[1], "pair_weight": pair_weight}
-    given.update(zip(("chosen_length", "rejected_length"), lengths or (None, None), strict=True))
     for name, tensor in given.items():
         if tensor is not None:
+            _checks.check_float(name, tensor)
             _checks.check_shape(name, tensor, size, "(B,)")
+    _checks.check_same_device(chosen=logprobs[0], **given)
+    if lengths is not None:
+        check_two("lengths", lengths)
+        for name, tensor in zip(("lengths of chosen", "lengths of rejected"), lengths, strict=True):
+            _checks.check_shape(name, tensor, size, "(B,)")
+            _checks.check_same_device(chosen=logprobs[0], **{name: tensor})
+            if tensor.dtype not in _checks.SCALAR_DTYPES:
+                raise ValueError(f"{name} must be integers or a usual float dtype, got {tensor.dtype}")
     if refs[0] is None and o.needs_reference:
         raise ValueError(f"ref_chosen must be (B,)={_checks.shape_str(size)} for kind {o.kinds[0][0]!r}, got None")
     if lengths is None and (o.weighting or any(v.lengths and not _sums_only(v, o) for v in o.variants)):
@@ -326,7 +334,12 @@ def _sequence_level(
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in logprobs) else torch.float32
     chosen, rejected = (x.to(dtype) for x in logprobs)
     valid = torch.ones_like(chosen, dtype=torch.bool) if pair_weight is None else pair_weight != 0
+    if lengths is not None:  # a side without tokens: the pair does not count
+        valid = valid & (lengths[0] > 0) & (lengths[1] > 0)
     clamped = [None, None] if lengths is None else [x.to(dtype).clamp(min=1) for x in lengths]
+    for name, value in numbers.items():
+        if value is not None:
+            _checks.check_scalar(name, value, positive=name != "bco_delta")
     batch: dict[str, Any] = {k: v for k, v in numbers.items() if v is not None}
     batch["valid_pair"] = valid
     batch.setdefault("normalizer", valid.sum().clamp(min=1))

@@ -114,7 +114,7 @@ def preference_loss_kinds() -> list[str]:
 
 def pair_variant(name: str) -> PairVariant:
     """The preference loss called `name`; ValueError naming the nearest one."""
-    if name not in _VARIANTS:
+    if not isinstance(name, str) or name not in _VARIANTS:
         raise ValueError(unknown("preference loss", name, _VARIANTS))
     return _VARIANTS[name]
 

@@ -52,6 +52,9 @@ def prepare_batch(
         o.needs_segments or o.aggregation == "seq_mean_token_mean" or _correction_level(o) != "token"
     ):
         raise ValueError(f"cu_seqlens must be given with (N,) input for policy loss {o.kind!r}: it needs sequences")
+    for name in NUMBERS:
+        if batch.get(name) is not None:
+            _checks.check_scalar(name, batch[name], positive=name != "entropy_threshold")
     numbers = {name: _exact(batch[name]) for name in NUMBERS if batch.get(name) is not None}
     normalizer = numbers.get("normalizer", _exact(o.normalizer))
     if o.aggregation in ("seq_mean_token_sum", "fixed_length") and segments is None and normalizer is None:
@@ -127,7 +130,7 @@ def _exact(number: Tensor | float | None) -> Tensor | float | None:
 
 def _per_token(name: str, value: Any, n: int) -> Tensor:
     """A constant (N,) tensor."""
-    _checks.check_tensor(name, value)
+    _checks.check_float(name, value)
     if value.numel() != n:
         raise ValueError(f"{name} must be (N,)=({n},), got {_checks.shape_str(value.shape)}")
     return value.detach().reshape(-1)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from rlhf_fast._checks import short
+
 if TYPE_CHECKING:
     from rlhf_fast.losses.policy import PolicyLoss
     from rlhf_fast.losses.segments import Segments
@@ -97,7 +99,7 @@ def policy_loss_kinds() -> list[str]:
 
 def variant(name: str) -> Variant:
     """The variant called `name`; ValueError naming the nearest one."""
-    if name not in _VARIANTS:
+    if not isinstance(name, str) or name not in _VARIANTS:
         raise ValueError(unknown("policy loss", name, _VARIANTS))
     return _VARIANTS[name]
 
@@ -105,10 +107,10 @@ def variant(name: str) -> Variant:
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """The message about an unknown name: the nearest known one first."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) if isinstance(name, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
-        f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"
+        f"unknown {what} {short(name)}{hint} Known: {', '.join(known)}"
         if hint
-        else (f"unknown {what} {name!r}; known: {', '.join(known)}")
+        else (f"unknown {what} {short(name)}; known: {', '.join(known)}")
     )

@@ -50,15 +50,21 @@ def reward_loss(
     if chosen.dim() != 1:
         raise ValueError(f"chosen must be (B,), got {_checks.shape_str(chosen.shape)}")
     _checks.check_shape("rejected", rejected, chosen.shape, "(B,)")
-    if not 0 <= center < float("inf"):
-        raise ValueError(f"center must be a finite number >= 0, got {center}")
-    if not 0 <= label_smoothing < 0.5:
+    center = _checks.check_number("center", center, least=0)
+    if not 0 <= _checks.check_number("label_smoothing", label_smoothing) < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if normalizer is not None:
+        _checks.check_scalar("normalizer", normalizer, positive=True)
     _checks.check_same_device(chosen=chosen, rejected=rejected, mask=mask)
     dtype = torch.float64 if torch.float64 in (chosen.dtype, rejected.dtype) else torch.float32
+    if mask is not None:
+        _checks.check_mask("mask", mask, chosen.shape, "(B,)")
     valid = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask.bool()
-    _checks.check_shape("mask", valid, chosen.shape, "(B,)")
+    if margin is not None and not isinstance(margin, Tensor):
+        margin = _checks.check_number("margin", margin)
     if isinstance(margin, Tensor):
+        _checks.check_float("margin", margin)
+        _checks.check_same_device(chosen=chosen, margin=margin)
         _checks.check_shape("margin", margin, chosen.shape, "(B,)")
         margin = keep(margin.detach().to(dtype), valid)
     win, lose = keep(chosen.to(dtype), valid), keep(rejected.to(dtype), valid)

@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 def layout(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Layout:
     """The layout of `tensor`, checked but for the values of `cu_seqlens` (see `check_offsets`)."""
     if mask is not None:
-        _checks.check_shape("mask", mask, tensor.shape, f"{name}'s shape")
+        _checks.check_mask("mask", mask, tensor.shape, f"{name}'s shape")
         _checks.check_same_device(**{name: tensor, "mask": mask})
         mask = mask.bool().reshape(-1).contiguous()
     if cu_seqlens is None:
@@ -50,6 +50,8 @@ def layout(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | 
         batch, length = tensor.shape if tensor.dim() == 2 else (1, tensor.shape[0])
         return Layout(None, batch, length, tensor.numel(), mask)
     _checks.check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.is_meta != tensor.is_meta:
+        raise ValueError(f"cu_seqlens must be on {name}'s device {tensor.device} or the CPU, got {cu_seqlens.device}")
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be (N,) with cu_seqlens, got {_checks.shape_str(tensor.shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):

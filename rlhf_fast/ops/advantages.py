@@ -175,7 +175,8 @@ def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -
         if group_ids is not None:
             raise ValueError("group_size and group_ids must not be given together")
         if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1 or rows % group_size:
-            raise ValueError(f"group_size must be an int >= 1 that divides B={rows}, got {group_size!r}")
+            got = _checks.short(group_size)
+            raise ValueError(f"group_size must be an int >= 1 that divides B={rows}, got {got}")
         return _Groups(positions // group_size, None, torch.arange(0, rows + 1, group_size, device=device))
     if group_ids is None:
         return _Groups(torch.zeros_like(positions), None, _whole(rewards))
@@ -284,19 +285,17 @@ def _check_options(
     if not isinstance(baseline, Tensor):
         choices["baseline"] = (baseline, BASELINES)
     for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps!r}")
+        _checks.check_choice(name, value, allowed)
+    if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {_checks.short(ddof)}")
+    _checks.check_number("eps", eps, least=0)
     rows = rewards.shape[:1]
     if isinstance(baseline, Tensor):
         _checks.check_float("baseline", baseline)
         _checks.check_shape("baseline", baseline, rows, "(B,)")
     if isinstance(baseline, str) and baseline == "pass_at_k":
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be an int >= 1 with baseline pass_at_k, got {k!r}")
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**63:
+            raise ValueError(f"k must be an int >= 1 with baseline pass_at_k, got {_checks.short(k)}")
         if scale not in ("group", "none"):
             raise ValueError(f"scale must be group or none with baseline pass_at_k, got {scale!r}")
     elif k is not None:
@@ -304,11 +303,14 @@ def _check_options(
     if weights is not None:
         if rewards.dim() != 2:
             raise ValueError(f"weights go with rewards (B, K), got rewards {_checks.shape_str(rewards.shape)}")
+        _checks.check_float("weights", weights)
         _checks.check_shape("weights", weights, rewards.shape[1:], "(K,)")
     if isinstance(baseline, str) and baseline == "opo":
         if lengths is None:
             raise ValueError("lengths must be given with baseline opo")
         _checks.check_shape("lengths", lengths, rows, "(B,)")
+        if lengths.dtype not in _checks.SCALAR_DTYPES:
+            raise ValueError(f"lengths must be integers or a usual float dtype, got {lengths.dtype}")
     if rewards.dim() == 2 and combine == "normalize_then_sum":
         if isinstance(baseline, Tensor) or baseline != "mean" or scale not in ("group", "none"):
             raise ValueError("combine normalize_then_sum needs baseline mean and scale group or none")

@@ -8,6 +8,7 @@ is frozen. Masked rows and rows of weight 0 reach no product.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -96,8 +97,7 @@ def linear_divergence(
         >>> weights = torch.full((5,), 1 / 5)
         >>> linear_divergence(hidden, weight, ref_hidden, ref_weight, kind="jsd", weights=weights).loss.backward()
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    _checks.check_choice("kind", kind, KINDS)
     share = _checks.check_positive("ref_share", ref_share)
     if share >= 1:
         raise ValueError(f'ref_share must lie between 0 and 1 (its ends are "forward" and "reverse"), got {ref_share}')
@@ -106,7 +106,7 @@ def linear_divergence(
     lead = hidden.shape[:-1]
     _check_pair(own, ref, lead, weights, mask)
     options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    tf, ref_tf = check_transform(**options), check_transform(**options | _check_options(ref_options or {}))
+    tf, ref_tf = check_transform(**options), check_transform(**options | _check_options(ref_options))
     scalars = (kind, share, *tf, *ref_tf, *check_chunk(chunk_size, memory_budget))
     tensors = [*own[:3], *ref[:3]]
     for i in (0, 3):
@@ -168,8 +168,12 @@ def _check_pair(own: Operands, ref: Operands, lead: torch.Size, weights: Tensor 
     _checks.check_same_device(hidden=own.hidden, ref_hidden=ref.hidden, weights=weights, mask=mask)
 
 
-def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_options(options: dict[str, Any] | None) -> dict[str, Any]:
     """Refuse a name that `ref_options` does not have."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"ref_options must be a dict, got {type(options).__name__}")
     names = ("temperature", "logit_scale", "softcap")
     for key in options:
         if key not in names:

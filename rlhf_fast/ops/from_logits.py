@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.ops._memory import empty
 from rlhf_fast.ops._rows import RowStats, Transform, row_dlogits, row_stats, stat_dtype
-from rlhf_fast.ops.linear import check_transform
+from rlhf_fast.ops.linear import check_scoring, check_transform
 from rlhf_fast.types import LogProb
 
 
@@ -53,6 +53,7 @@ def logprob_from_logits(
     else:
         _checks.check_target("target", target, (*lead, target.shape[-1]), "logits' leading shape and K, (..., K)")
     _checks.check_same_device(logits=logits, target=target)
+    check_scoring(ignore_index, entropy)
     tf = check_transform(temperature, logit_scale, softcap)
     rows = logits.reshape(-1, logits.shape[-1])
     flat = target.reshape(rows.shape[0], target.shape[-1]) if several else target.reshape(-1)

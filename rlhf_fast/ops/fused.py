@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_
 from rlhf_fast.ops._once import once_differentiable, roots
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops._shards import Joined, check_group
-from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
+from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_scoring, check_transform
 from rlhf_fast.types import FusedLoss, Metrics
 
 
@@ -99,12 +99,13 @@ def fused_linear_loss(
     name = None if group is None else check_group(group)
     with Joined(group):
         hidden, weight, bias = check_head(hidden, weight, bias, target, shard=group is not None)
+        check_scoring(ignore_index, entropy)
         tf = check_transform(temperature, logit_scale, softcap)
         chunk, budget = check_chunk(chunk_size, memory_budget)
         flat = target.reshape(-1)
         if segments is not None and not torch.compiler.is_compiling():
             _checks.check_cu_seqlens("segments", segments, flat.shape[0])
-        batch = _flat_batch(batch or {}, target)
+        batch = _flat_batch({} if batch is None else batch, target)
         if hasattr(loss_fn, "prepare"):
             batch = loss_fn.prepare(batch, flat != ignore_index, segments)
         if not getattr(loss_fn, "needs_segments", True):  # a ready-made loss that may be cut anywhere
@@ -198,6 +199,8 @@ def _scaled_cast(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _flat_batch(batch: dict[str, Any], target: Tensor) -> dict[str, Any]:
     """Tensors of target's shape become (N,)."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a dict of tensors and numbers, got {type(batch).__name__}")
     flat = {}
     for key, value in batch.items():
         if isinstance(value, Tensor):

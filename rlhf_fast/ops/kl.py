@@ -84,11 +84,12 @@ def kl_estimate(
     _checks.check_float("logprob", logprob)
     _checks.check_float("ref_logprob", ref_logprob)
     _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "logprob's shape")
+    _checks.check_same_device(logprob=logprob, ref_logprob=ref_logprob, mask=mask)
     check_estimator("estimator", estimator)
     if gradient is not None:
         check_estimator("gradient", gradient)
     if mask is not None:
-        _checks.check_shape("mask", mask, logprob.shape, "logprob's shape")
+        _checks.check_mask("mask", mask, logprob.shape, "logprob's shape")
         logprob, ref_logprob = keep(logprob, mask), keep(ref_logprob, mask)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     return kl_terms(logprob.to(dtype) - ref_logprob.to(dtype), estimator, gradient)
@@ -121,5 +122,4 @@ def keep(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def check_estimator(name: str, value: str) -> None:
     """Raise unless `value` names an estimator."""
-    if value not in ESTIMATORS:
-        raise ValueError(f"{name} must be one of {', '.join(ESTIMATORS)}, got {value!r}")
+    _checks.check_choice(name, value, ESTIMATORS)

@@ -90,6 +90,8 @@ def linear_logprob(
         options |= dict(entropy=entropy, lora=lora, chunk_size=chunk_size, memory_budget=memory_budget)
         return vocab_parallel_logprob(hidden, weight, target, group=group, bias=bias, **options)
     hidden, weight, bias = check_head(hidden, weight, bias, target)
+    check_scoring(ignore_index, entropy)
+    _checks.check_flag("token_stats", token_stats)
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
     a, b, scaling = check_lora(lora, hidden, weight)
@@ -165,6 +167,12 @@ def check_lora(
     return a, b, _checks.check_finite("lora scaling", scaling)
 
 
+def check_scoring(ignore_index: int, entropy: bool) -> None:
+    """Validate which targets count, and whether the entropy is wanted."""
+    _checks.check_int("ignore_index", ignore_index)
+    _checks.check_flag("entropy", entropy)
+
+
 def check_transform(temperature: float, logit_scale: float, softcap: float | None) -> Transform:
     """Validate the scalars between raw logits and softmax."""
     temperature = _checks.check_positive("temperature", temperature)
@@ -176,8 +184,10 @@ def check_transform(temperature: float, logit_scale: float, softcap: float | Non
 def check_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[int | None, int | None]:
     """Validate the two ways to size a tile."""
     for name, value in (("chunk_size", chunk_size), ("memory_budget", memory_budget)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
+            raise ValueError(f"{name} must be a positive integer or None, got {_checks.short(value)}")
     return chunk_size, memory_budget
 
 

@@ -78,6 +78,8 @@ def ppo_advantages(
     for name, bound in {"kl_clip": kl_clip, "score_clip": score_clip}.items():
         if bound is not None:
             _checks.check_positive(name, bound)
+    kl_coef = _checks.check_number("kl_coef", kl_coef)
+    _checks.check_flag("whiten", whiten)
     check_unit("gamma", gamma)
     check_unit("lam", lam)
     dtype = torch.promote_types(work_dtype(values), work_dtype(scores))
@@ -85,7 +87,7 @@ def ppo_advantages(
         flat(values, dtype), flat(scores, dtype),
         *(None if t is None else flat(t, dtype) for t in (logprob, ref_logprob)),
         place.offsets, place.batch, place.length, place.mask, start_values(place, values, terminated, bootstrap, dtype),
-        float(gamma), float(lam), mask_mode == "carry", float(kl_coef), kl_estimator, kl_clip, score_clip, whiten,
+        float(gamma), float(lam), mask_mode == "carry", kl_coef, kl_estimator, kl_clip, score_clip, whiten,
     )  # fmt: skip
     outputs = [t.reshape(values.shape) for t in (advantages, returns, rewards)]
     return PpoAdvantages(*outputs, None if logprob is None else kl.reshape(values.shape))

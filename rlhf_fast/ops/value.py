@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.ops import _scans
 from rlhf_fast.ops._sequences import Layout, flat, layout, work_dtype
-from rlhf_fast.ops.kl import kl_estimate
+from rlhf_fast.ops.kl import check_estimator, kl_estimate
 from rlhf_fast.types import Gae, ShapedRewards
 
 MASK_MODES = ("carry", "zero")
@@ -149,12 +149,15 @@ def shape_rewards(
         _checks.check_float("logprob", logprob)
         _checks.check_float("ref_logprob", ref_logprob)
         _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "logprob's shape ")
+    _checks.check_tensor("mask", like)  # logprob has been through check_float
     place = layout("logprob" if logprob is not None else "mask", like, cu_seqlens, mask)
     dense = check_scores(scores, place, like)
     _checks.check_same_device(scores=scores, logprob=like, ref_logprob=ref_logprob)
+    check_estimator("kl_estimator", kl_estimator)
     for name, bound in {"kl_clip": kl_clip, "score_clip": score_clip}.items():
         if bound is not None:
             _checks.check_positive(name, bound)
+    kl_coef = _checks.check_number("kl_coef", kl_coef)
 
     dtype, device = work_dtype(scores), like.device
     rewards = torch.zeros(place.tokens, dtype=dtype, device=device)
@@ -232,8 +235,10 @@ def masked_whiten(
     """
     _checks.check_float("values", values)
     _checks.check_positive("eps", eps)
+    for name, flag in {"shift_mean": shift_mean, "unbiased": unbiased}.items():
+        _checks.check_flag(name, flag)
     if mask is not None:
-        _checks.check_shape("mask", mask, values.shape, "values' shape ")
+        _checks.check_mask("mask", mask, values.shape, "values' shape ")
         _checks.check_same_device(values=values, mask=mask)
         mask = mask.bool().reshape(-1).contiguous()
     dtype, ddof = work_dtype(values), int(unbiased)
@@ -284,8 +289,7 @@ def _global_moments(statistics: Tensor, process_group: dist.ProcessGroup) -> Ten
 def place_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, mask_mode: str) -> Layout:
     """How `tensor` lies, checked."""
     _checks.check_float(name, tensor)
-    if mask_mode not in MASK_MODES:
-        raise ValueError(f"mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}")
+    _checks.check_choice("mask_mode", mask_mode, MASK_MODES)
     return layout(name, tensor, cu_seqlens, mask)
 
 
@@ -303,11 +307,11 @@ def start_values(
     start = flat(bootstrap, dtype)
     if terminated is None:
         return start
-    _checks.check_shape("terminated", terminated, (place.batch,), "(B,)")
+    _checks.check_mask("terminated", terminated, (place.batch,), "(B,)")
     return start.masked_fill(terminated.bool(), 0.0)
 
 
 def check_unit(name: str, value: float) -> None:
     """Raise unless `value` is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+        raise ValueError(f"{name} must be a number in [0, 1], got {_checks.short(value)}")

@@ -55,12 +55,16 @@ def value_loss(
     _checks.check_float("values", values)
     place = layout("values", values, cu_seqlens, mask)
     for name, tensor in {"old_values": old_values, "returns": returns}.items():
-        if tensor is not None:
+        if tensor is not None or name == "returns":
             _checks.check_float(name, tensor)
             _checks.check_shape(name, tensor, values.shape, "values' shape ")
     _checks.check_same_device(values=values, old_values=old_values, returns=returns)
-    if kind not in ("mse", "huber"):
-        raise ValueError(f"kind must be mse or huber, got {kind!r}")
+    _checks.check_choice("kind", kind, ("mse", "huber"))
+    _checks.check_choice("aggregation", aggregation, AGGREGATIONS)
+    if normalizer is not None:
+        _checks.check_scalar("normalizer", normalizer, positive=True)
+    if clip is not None:
+        _checks.check_positive("clip", clip)
     _checks.check_positive("huber_delta", huber_delta)
     dtype = work_dtype(values)
 
@@ -72,7 +76,6 @@ def value_loss(
     loss = _penalty(v - r, kind, huber_delta)
     clipped = torch.zeros_like(v)
     if clip is not None and old_values is not None:
-        _checks.check_positive("clip", clip)
         old = counted(old_values.detach())
         # The second branch is larger only where V was clipped, and there it does not depend on V.
         bounded = _penalty(v.detach().clamp(old - clip, old + clip) - r, kind, huber_delta)
@@ -111,8 +114,6 @@ def _aggregation_weight(
         return valid / (lengths[segment] * normalizer)
     if aggregation == "seq_mean_token_sum":
         return valid / normalizer
-    if aggregation == "fixed_length":
-        if max_length is None or max_length <= 0:
-            raise ValueError(f"max_length must be > 0 for aggregation fixed_length, got {max_length}")
-        return valid / (max_length * normalizer)
-    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    if max_length is None:
+        raise ValueError("max_length must be > 0 for aggregation fixed_length, got None")
+    return valid / (_checks.check_int("max_length", max_length, least=1) * normalizer)

@@ -186,7 +186,7 @@ def _pairs(chosen, rejected, ref_chosen, ref_rejected, mask, lengths, log_sum_sq
             def total(x, side, i=i):
                 return x[i]
 
-        if min(sizes) == 0 or (pair_weight is not None and p.weight == 0):
+        if min(sizes) <= 0 or (pair_weight is not None and p.weight == 0):
             continue
         p.w_len, p.l_len = sizes
         no_reference = o.reference_free or ref_chosen is None
