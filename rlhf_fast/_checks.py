@@ -121,13 +121,14 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
 
 
-def check_scalar(name: str, value: Tensor | float, *, positive: bool = False) -> None:
-    """Raise unless `value` is a finite number, or a tensor of one; on the CPU, where looking costs nothing.
+def check_scalar(name: str, value: Tensor | float, *, positive: bool = False, measured: bool = False) -> None:
+    """Raise unless `value` is a finite number (above 0 where `positive`), or a 0-d tensor, whose value is not looked at.
 
-    positive: it must be > 0.
+    measured: it comes from the data, as a KL does, and may be NaN or infinite: what follows is a step that is skipped.
     """
     if not isinstance(value, Tensor):
-        check_positive(name, value) if positive else check_number(name, value)
+        if not (measured and isinstance(value, float)):
+            check_positive(name, value) if positive else check_number(name, value)
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError(f"{name} must be a number that 64 bits hold, got {short(value)}")
         return
@@ -135,11 +136,7 @@ def check_scalar(name: str, value: Tensor | float, *, positive: bool = False) ->
     if value.is_meta:
         raise ValueError(f"{name} must hold a number, got a tensor on the meta device")
     if value.numel() != 1 or value.dtype not in SCALAR_DTYPES:
-        raise ValueError(
-            f"{name} must be a number or a real tensor of one element, got {shape_str(value.shape)} {value.dtype}"
-        )
-    if type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_scalar(name, value.item(), positive=positive)
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {shape_str(value.shape)} {value.dtype}")
 
 
 def _real(name: str, value: float) -> float:

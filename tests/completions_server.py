@@ -10,6 +10,7 @@ tells what it has seen.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import threading
@@ -118,6 +119,17 @@ class Handler(BaseHTTPRequestHandler):
             with LOCK:
                 STATE["at_once"] -= 1
 
+    def piecemeal(self, mode: str) -> None:
+        """An answer that is announced whole and breaks off, that comes ever so slowly, or that does not end."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(1 << 40))
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client has left
+            for _ in range({"cut": 0, "drip": 1000, "huge": 1000}[mode]):
+                self.wfile.write(b" " * (1 << 16 if mode == "huge" else 1))
+                time.sleep(0 if mode == "huge" else 0.05)
+
     def behave(self, mode: str | None, body: dict) -> None:
         if mode == "die":
             os._exit(1)
@@ -126,6 +138,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         if mode == "garbage":
             return self.answer(b"<html>a proxy's page</html>")
+        if mode == "deep":
+            return self.answer(b"[" * 200_000)
+        if mode in ("cut", "drip", "huge"):
+            return self.piecemeal(mode)
         if mode in ("400", "503"):
             return self.answer({"error": "as told"}, int(mode))
         if mode == "redirect":

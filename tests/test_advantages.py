@@ -307,7 +307,7 @@ BAD = [
     (lambda r: group_advantages(r, baseline=torch.ones(5)), r"baseline must be \(B,\)=\(6,\), got \(5,\)"),
     (lambda r: group_advantages(r, baseline="opo"), "lengths must be given with baseline opo"),
     (lambda r: group_advantages(r, ddof=2), "ddof must be 0 or 1, got 2"),
-    (lambda r: group_advantages(r, eps=-1.0), "eps must be >= 0"),
+    (lambda r: group_advantages(r, eps=-1.0), "eps must be a finite number >= 0"),
     (lambda r: group_advantages(r, zero_std="drop"), "zero_std must be one of keep, mask"),
     (lambda r: group_advantages(r, weights=torch.ones(2)), r"weights go with rewards \(B, K\)"),
     (lambda r: group_advantages(r.view(3, 2), weights=torch.ones(3)), r"weights must be \(K,\)=\(2,\), got \(3,\)"),

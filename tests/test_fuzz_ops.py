@@ -80,7 +80,8 @@ def compare(name: str, call: dict[str, Any], out: Any) -> None:
         return
     tensors = [t for t in call.values() if isinstance(t, Tensor)]
     rounding = max([ROUNDING.get(t.dtype, 1e-4) for t in tensors], default=1e-4)
-    if all(t.isfinite().all() for t in tensors if t.is_floating_point()):
+    numbers = [x for x in call.values() if isinstance(x, float)]
+    if all(t.isfinite().all() for t in tensors if t.is_floating_point()) and all(map(math.isfinite, numbers)):
         assert not any(t.isnan().any() for t in ours if t.is_floating_point()), f"NaN: {call}"
     if any(t.numel() and t.abs().max() > 100 for t in tensors if t.is_floating_point()):
         return  # what is left of a difference of such numbers is rounding

@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 from completions_server import KEY  # noqa: E402
 from test_rollout import EOS, RAGGED, VOCAB, check_recorded, settings, tiny  # noqa: E402
 
+from rlhf_fast.trainers.rollout import http_client  # noqa: E402
 from rlhf_fast.trainers.rollout.http_client import JSONClient, ServerError, ServerOptions  # noqa: E402
 from rlhf_fast.trainers.rollout.samplers import make_sampler  # noqa: E402
 from rlhf_fast.trainers.rollout.server import ServerSampler  # noqa: E402
@@ -164,7 +165,7 @@ def test_requests_are_made_at_once_within_the_limits(canned, model):
 # ---- servers that fail
 
 
-@pytest.mark.parametrize("mode", ["503", "garbage", "drop"])
+@pytest.mark.parametrize("mode", ["503", "garbage", "drop", "cut", "deep"])
 def test_what_may_pass_is_tried_again(canned, model, mode):
     canned.tell(mode=mode, times=2)
     assert sampler_of(canned, model)([[3]]).completions() == [[5, 6, EOS]]
@@ -172,7 +173,14 @@ def test_what_may_pass_is_tried_again(canned, model, mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "reason"), [("503", "HTTP 503 .*as told"), ("garbage", "not JSON: .*<html>"), ("drop", "[Rr]emote|reset")]
+    ("mode", "reason"),
+    [
+        ("503", "HTTP 503 .*as told"),
+        ("garbage", "not JSON: .*<html>"),
+        ("drop", "[Rr]emote|reset"),
+        ("cut", "cut off after 0 bytes"),
+        ("deep", "not JSON: "),
+    ],
 )
 def test_giving_up_names_the_address_the_attempts_and_the_reason(canned, model, mode, reason):
     canned.tell(mode=mode, times=100)
@@ -195,6 +203,26 @@ def test_a_server_that_is_too_slow(canned, model):
     canned.tell(mode="slow", times=100)
     with pytest.raises(ServerError, match="3 attempts; the last: timed out"):
         sampler([[3]])
+
+
+def test_an_answer_that_never_ends(canned, model, monkeypatch):
+    canned.tell(mode="drip", times=100)
+    start = time.perf_counter()
+    with pytest.raises(ServerError, match=r"2 attempts; the last: timed out: \d+ bytes in 0.4 seconds, and no end"):
+        sampler_of(canned, model, timeout=0.1, attempts=2)([[3]])
+    assert time.perf_counter() - start < 5
+    monkeypatch.setattr(http_client, "LARGEST", 1 << 20)
+    canned.tell(mode="huge", times=100)
+    with pytest.raises(ServerError, match="longer than 1048576 bytes"):
+        sampler_of(canned, model, attempts=2)([[3]])
+
+
+def test_an_empty_answer_that_was_announced_longer_is_no_consent(canned):
+    """Weights count as taken only after a whole answer."""
+    canned.tell(mode="cut", times=100)
+    client = JSONClient(ServerOptions(canned.url, attempts=2, backoff=0.01))
+    with pytest.raises(ServerError, match="cut off"):
+        client.call("/v1/completions", {"n": 1, "stop_token_ids": [1], "prompt": []})
 
 
 def test_a_server_that_dies_in_mid_run_and_one_that_comes_back(model):
@@ -236,6 +264,13 @@ BAD = {
     "not a mapping": ([1], "no list of choices"),
     "choices are text": ({"choices": ["a"]}, "no list of choices"),
     "too few": ({"choices": []}, r"1 choices were asked for, got index \[\]"),
+    "index is text": ({"choices": [good_choice(index="0")]}, r"got index \['0'\]"),
+    "index is a list": ({"choices": [good_choice(index=[0])]}, "1 choices were asked for"),
+    "id of many digits": (
+        {"choices": [with_logprobs(tokens=["token_id:" + "9" * 5000, "token_id:1"])]},
+        "token 0 must",
+    ),
+    "beyond the floats": ({"choices": [with_logprobs(token_logprobs=[-(10**400), -1.0])]}, "finite and at most 0"),
     "twice": ({"choices": [good_choice(), good_choice()]}, r"got index \[0, 0\]"),
     "id outside": ({"choices": [good_choice(token_ids=[VOCAB, EOS])]}, rf"id in \[0, {VOCAB}\), got {VOCAB}"),
     "negative id": ({"choices": [good_choice(token_ids=[-1, EOS])]}, "got -1"),

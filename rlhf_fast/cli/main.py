@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,19 +112,35 @@ def _call(module: str, function: str, *args: Any, **kwargs: Any) -> None:
         loaded(*args, **kwargs)
 
 
+def _mendable(error: RuntimeError) -> bool:
+    """Whether a RuntimeError is one of ours that tell the user what to do."""
+    from rlhf_fast.trainers.memory_advice import OutOfMemory
+    from rlhf_fast.trainers.rollout.http_client import ServerError
+
+    return isinstance(error, (OutOfMemory, ServerError))
+
+
+def _foreign(error: BaseException) -> str:
+    """A hint for a ValueError that another library raised, which may as well be a bug of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not isinstance(error, ValueError) or "rlhf_fast" in frames[-1].filename:
+        return ""
+    return f" (raised by {frames[-1].name} in {os.path.basename(frames[-1].filename)}; --traceback shows where)"
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What the user can mend is one red line and exit code 2; `--traceback` shows the rest of it."""
     try:
         yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if _state["traceback"]:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        if _state["traceback"] or (isinstance(error, RuntimeError) and not _mendable(error)):
             raise
         hint = ""
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rlhf_fast"):
             hint = " (pip install 'rlhf-fast[train]')"
         line = " ".join(f"{error}".split()) or type(error).__name__
-        typer.secho(f"error: {line}{hint}", fg=typer.colors.RED, err=True)
+        typer.secho(f"error: {line}{hint}{_foreign(error)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho("interrupted", fg=typer.colors.RED, err=True)

@@ -199,7 +199,9 @@ def _positions(batch: Mapping[str, Any], cu_seqlens: Tensor) -> Tensor:
 
 def number(name: str, value: Any, device: torch.device) -> Tensor:
     """A 0-d tensor, so that no chunk and no compiled graph depends on the number."""
-    _checks.check_scalar(name, value, positive=name in ("normalizer", "chosen_tokens"))
+    _checks.check_scalar(
+        name, value, positive=name in ("normalizer", "chosen_tokens"), measured=name in ("kl", "bco_delta")
+    )
     dtype = torch.float64 if isinstance(value, float) else None
     value = torch.as_tensor(value, device=device, dtype=dtype)
     if value.dim() != 0:

@@ -339,7 +339,7 @@ def _sequence_level(
     clamped = [None, None] if lengths is None else [x.to(dtype).clamp(min=1) for x in lengths]
     for name, value in numbers.items():
         if value is not None:
-            _checks.check_scalar(name, value, positive=name != "bco_delta")
+            _checks.check_scalar(name, value, positive=name != "bco_delta", measured=name == "bco_delta")
     batch: dict[str, Any] = {k: v for k, v in numbers.items() if v is not None}
     batch["valid_pair"] = valid
     batch.setdefault("normalizer", valid.sum().clamp(min=1))

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps
+from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
 from rlhf_fast.trainers.run_log import peak_memory_mb
@@ -109,6 +110,16 @@ class FusedTrainer(Trainer):
         """Take back what `extra_state` gave."""
 
     # ---- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; when memory runs out, the error names the options that help."""
+        with memory_advice(self.args, "training"):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.evaluate`, with the same."""
+        with memory_advice(self.args, "evaluate"):
+            return super().evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of the arguments, over `parameter_groups` where they are set (LoRA+)."""

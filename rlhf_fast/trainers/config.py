@@ -244,7 +244,10 @@ def config_class(stage: str) -> type[RunConfig]:
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Run the stage of a configuration; returns its summary."""
-    return _import(STAGES[config.stage].run)(config)
+    from rlhf_fast.trainers.memory_advice import memory_advice
+
+    with memory_advice(config, "load"):
+        return _import(STAGES[config.stage].run)(config)
 
 
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> RunConfig:

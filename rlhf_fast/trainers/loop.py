@@ -38,6 +38,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers.config import RunConfig
+from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import resume_path, save_model
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
@@ -170,10 +171,11 @@ class Loop:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds spent inside to `part`."""
+        """Add the seconds spent inside to `part`, whose options are named when its memory runs out."""
         start = time.perf_counter()
         try:
-            yield
+            with memory_advice(self.config, part):
+                yield
         finally:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -183,7 +183,7 @@ def check_same_tokens(folder: str, tokenizer: Any) -> None:
         return
     from transformers import AutoTokenizer
 
-    own = AutoTokenizer.from_pretrained(folder).get_vocab()
+    own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     differ = {token for token, _ in own.items() ^ tokenizer.get_vocab().items()}
     if differ:
         raise ValueError(

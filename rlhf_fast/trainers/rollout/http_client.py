@@ -7,6 +7,7 @@ import json
 import os
 import random
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 TRIED_AGAIN = frozenset((408, 409, 425, 429, 500, 502, 503, 504))  # HTTP statuses that may pass
 LARGEST = 1 << 30  # bytes of an answer
+PIECE = 1 << 16  # bytes read at once
+DRIP = 4  # an answer that comes byte by byte may take so many timeouts in all
 
 
 class ServerError(RuntimeError):
@@ -32,7 +35,7 @@ class ServerOptions:
     Args:
         url: "http://host:8000", with or without "/v1".
         model: the name it serves; None takes the first that it lists.
-        timeout: seconds without a byte before an attempt is given up.
+        timeout: seconds without a byte before an attempt is given up; the whole of an answer may take four times that.
         attempts: for each request, the first included.
         backoff: seconds before the second attempt, doubled for each further one up to 30, with jitter.
         concurrency: requests under way at once.
@@ -103,15 +106,26 @@ class JSONClient:
         request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
         try:
             with self._opener.open(request, timeout=self.options.timeout) as response:
-                text = response.read(LARGEST + 1)
+                text = self._read(response)
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
             if error.code in TRIED_AGAIN:
                 raise BadAnswer(reason) from None
             raise ServerError(f"{url}: {reason}") from None
-        if len(text) > LARGEST:
-            raise BadAnswer(f"longer than {LARGEST} bytes")
         try:
             return json.loads(text) if text.strip() else {}
-        except ValueError:
-            raise BadAnswer(f"not JSON: {text[:80]!r}") from None
+        except (ValueError, RecursionError):  # nested too deeply
+            raise BadAnswer(f"not JSON: {bytes(text[:80])!r}") from None
+
+    def _read(self, response: http.client.HTTPResponse) -> bytearray:
+        """The whole body, bounded in size and time."""
+        text, limit = bytearray(), time.monotonic() + DRIP * self.options.timeout
+        while piece := response.read1(PIECE):
+            text += piece
+            if len(text) > LARGEST:
+                raise BadAnswer(f"longer than {LARGEST} bytes")
+            if time.monotonic() > limit:
+                raise BadAnswer(f"timed out: {len(text)} bytes in {DRIP * self.options.timeout:g} seconds, and no end")
+        if response.length:  # of what Content-Length promised
+            raise BadAnswer(f"cut off after {len(text)} bytes, {response.length} are missing")
+        return text

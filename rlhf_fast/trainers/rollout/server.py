@@ -130,8 +130,9 @@ class ServerSampler:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise BadAnswer(f"no list of choices in {str(answer)[:80]}")
-        if sorted(str(choice.get("index")) for choice in choices) != sorted(map(str, range(count))):
-            raise BadAnswer(f"{count} choices were asked for, got index {[choice.get('index') for choice in choices]}")
+        indices = [choice.get("index") for choice in choices]
+        if any(type(i) is not int for i in indices) or sorted(indices) != list(range(count)):
+            raise BadAnswer(f"{count} choices were asked for, got index {str(indices):.200}")
         usage = answer.get("usage")
         seen = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if seen is not None and seen != prompt_length:
@@ -152,17 +153,19 @@ class ServerSampler:
             raise BadAnswer(f"{name} must have 1 to {settings.max_new_tokens} tokens, got {len(ids)}")
         for k, token in enumerate(ids):
             if type(token) is not int or not 0 <= token < self.vocabulary:
-                raise BadAnswer(f"{name}, token {k} must be an id in [0, {self.vocabulary}), got {token!r}")
+                raise BadAnswer(f"{name}, token {k} must be an id in [0, {self.vocabulary}), got {repr(token):.40}")
         for k, value in enumerate(values):
-            if type(value) not in (int, float) or not math.isfinite(value) or value > ROUNDING:
-                raise BadAnswer(f"{name}, token {k}: its log-probability must be finite and at most 0, got {value!r}")
+            if type(value) not in (int, float) or not -1e30 < value <= ROUNDING:
+                raise BadAnswer(
+                    f"{name}, token {k}: its log-probability must be finite and at most 0, got {str(value):.40}"
+                )
         ends = [k for k, token in enumerate(ids) if token in settings.eos_token_ids]
         if ends and ends[0] != len(ids) - 1:
             raise BadAnswer(f"{name} goes on after its end at token {ends[0]}")
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length") or (reason == "stop" and not ends):
             raise BadAnswer(
-                f"{name} finished with {reason!r} and last token {ids[-1]}, not in {settings.eos_token_ids}"
+                f"{name} finished with {repr(reason):.40} and last token {ids[-1]}, not in {settings.eos_token_ids}"
             )
         return Completion(ids, [min(value, 0.0) for value in values], bool(ends))
 
@@ -171,7 +174,7 @@ class ServerSampler:
             return choice["token_ids"]
         tokens = logprobs.get("tokens")
         if isinstance(tokens, list) and all(isinstance(t, str) and t.startswith("token_id:") for t in tokens):
-            return [int(t[9:]) if t[9:].isdecimal() else t for t in tokens]
+            return [int(t[9:]) if t[9:].isdecimal() and len(t) < 30 else t[:40] for t in tokens]
         raise ServerError(
             f"{self.client.base} gives no token ids, although return_token_ids and return_tokens_as_token_ids were "
             "asked for. Its text would have to be tokenised again, which need not give the tokens that were sampled"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_fast.trainers.rollout.http_client import BadAnswer, JSONClient
+from rlhf_fast.trainers.rollout.http_client import BadAnswer, JSONClient, ServerError
 
 # What this process last told each server (by the address it announced it to): samplers come and go, servers stay.
 HELD: dict[str, tuple[int, ...]] = {}
@@ -89,7 +89,7 @@ class DiskUpdate:
         if distributed:
             torch.distributed.broadcast_object_list(error)
             if error[0] is not None:
-                raise RuntimeError(error[0])
+                raise ServerError(error[0])
 
     def _update(self, model: nn.Module) -> None:
         address, now = self.client.address(self.url), fingerprint(model)
