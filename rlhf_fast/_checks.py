@@ -122,7 +122,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def check_scalar(name: str, value: Tensor | float, *, positive: bool = False, measured: bool = False) -> None:
-    """Raise unless `value` is a finite number (above 0 where `positive`), or a 0-d tensor, whose value is not looked at.
+    """Raise unless `value` is a finite number (above 0 where `positive`), or a 0-d tensor, whose value nobody reads.
 
     measured: it comes from the data, as a KL does, and may be NaN or infinite: what follows is a step that is skipped.
     """

@@ -31,9 +31,9 @@ def failing(error):
 
 @pytest.mark.parametrize("error", [GPU, CPU, MemoryError()])
 def test_every_kind_of_failed_allocation_is_known(error):
-    with pytest.raises(OutOfMemory, match="out of memory in training: .*gradient_checkpointing") as caught:
-        with memory_advice(None, "training"):
-            raise error
+    words = "out of memory in training: .*gradient_checkpointing"
+    with pytest.raises(OutOfMemory, match=words) as caught, memory_advice(None, "training"):
+        raise error
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, torch.OutOfMemoryError)
 
