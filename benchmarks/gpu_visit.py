@@ -35,13 +35,13 @@ CASES = [
     ("grpo", "qwen2.5-0.5b", "bf16", 0.0),
     ("logprob", "qwen3-8b", "bf16", 0.0),
     ("grpo", "qwen3-8b", "bf16", 0.5),
-    ("grpo", "qwen2.5-0.5b-64k", "bf16", 0.0),
+    ("grpo", "qwen2.5-0.5b@64k", "bf16", 0.0),
     ("logprob_grad", "qwen3-8b", "bf16", 0.0),
     ("cross_entropy", "qwen3-8b", "bf16", 0.0),
     ("cross_entropy", "llama-3.2-1b", "bf16", 0.0),
     ("from_logits_grad", "qwen2.5-0.5b", "bf16", 0.0),
     ("grpo", "gemma-2-2b", "bf16", 0.0),
-    ("grpo", "qwen3-8b-64k", "bf16", 0.0),
+    ("grpo", "qwen3-8b@64k", "bf16", 0.0),
 ]
 REHEARSAL = [(op, "tiny", dtype, zero) for op, _, dtype, zero in CASES[:4]] + [("nothing", "tiny", "bf16", 0.0)]
 

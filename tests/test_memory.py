@@ -3,7 +3,8 @@
 import pytest
 
 from rlhf_fast import _backend
-from rlhf_fast.benchmarks.cases import Case, make_inputs, parse_shape
+from rlhf_fast.benchmarks.cases import Case, parse_shape
+from rlhf_fast.benchmarks.inputs import make_inputs
 from rlhf_fast.benchmarks.measure import interleaved
 from rlhf_fast.benchmarks.memory import Unmeasured, in_fresh_process
 from rlhf_fast.benchmarks.providers import PROVIDERS, build

@@ -1,217 +1,203 @@
-"""What is measured: shapes of named models, ops, their inputs and their fp64 answers.
+"""What is measured: shapes of named models, ops, and how far a result may be off.
 
-A case is an op at a shape and dtype. Its inputs are drawn once and handed to every provider; its answer is computed
-once, in fp64, in blocks of rows, by formulas of its own: the library is not asked what is right.
+A case is an op at a shape and dtype. Its inputs are drawn once and handed to every provider, its answer is computed
+once in fp64 (`inputs`, `token_inputs`), by formulas of its own: the library is not asked what is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CLIP = 0.2
+BETA = 0.1
+ENTROPY_COEF = 0.01
+GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
+GROUP = 8
 LENGTH = 64
-"""Tokens of a sequence in the GRPO cases: all equal, so that a mean over sequences is a mean over tokens."""
+"""Tokens of a sequence in the ops with a head: all equal, so that a mean over sequences is a mean over tokens."""
 
-BLOCK_BYTES = 256 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Shape(NamedTuple):
-    """N scored tokens, hidden size D, vocabulary V."""
+    """N scored tokens, hidden size D, vocabulary V; for ops on tokens alone D and V are 0, and `length` counts."""
 
     name: str
     n: int
     d: int
     v: int
+    length: int = LENGTH
+    softcap: float | None = None
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", 128, 32, 507),
+        Shape("tiny-softcap", 128, 32, 507, softcap=5.0),
         Shape("small", 512, 128, 4096),
         Shape("cpu", 2048, 512, 32000),
         Shape("qwen2.5-0.5b", 8192, 896, 151936),
-        Shape("qwen2.5-0.5b-64k", 65536, 896, 151936),
         Shape("llama-3.2-1b", 8192, 2048, 128256),
         Shape("qwen3-8b", 8192, 4096, 151936),
-        Shape("qwen3-8b-64k", 65536, 4096, 151936),
-        Shape("gemma-2-2b", 8192, 2304, 256000),
+        Shape("gemma-2-2b", 8192, 2304, 256000, softcap=30.0),
     )
 }
+"""Heads. `NAME@N` takes another N, as in qwen3-8b@64k."""
 
-
-def parse_shape(text: str) -> Shape:
-    """A named shape, or `N,D,V`. ValueError names the known ones."""
-    if text in SHAPES:
-        return SHAPES[text]
-    parts = text.lower().replace("x", ",").split(",")
-    if len(parts) == 3 and all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        return Shape("custom", *(int(p) for p in parts))
-    raise ValueError(f"shape must be N,D,V or one of {', '.join(SHAPES)}, got {text!r}")
+TOKENS = {
+    shape.name: shape
+    for shape in (
+        Shape("tiny", 256, 0, 0, length=16),
+        Shape("small", 16384, 0, 0, length=256),
+        Shape("cpu", 256 * 4096, 0, 0, length=4096),
+        Shape("4m", 4096 * 1024, 0, 0, length=1024),
+        Shape("16m", 4096 * 4096, 0, 0, length=4096),
+    )
+}
+"""Batches for the ops on tokens alone."""
 
 
 class Op(NamedTuple):
-    """An operation: its outputs, and its floor in bare products with the head or in passes over the logits."""
+    """An operation: its outputs, and its floor in products with the head, passes over the logits, or bytes a token.
+
+    `uses` names the options that make a difference to it: zero_rows, masked. `grain` tokens stand behind one number.
+    """
 
     name: str
     outputs: tuple[str, ...]
     products: int = 0
     passes: int = 0
+    bytes: int = 0
+    grain: int = 1
+    uses: tuple[str, ...] = ()
     about: str = ""
 
 
+_GRADS = ("loss", "dhidden", "dweight")
+_BOTH = ("zero_rows", "masked")
 OPS = {
     op.name: op
     for op in (
-        Op("logprob", ("logprob",), products=1, about="log-probabilities under a linear head, no gradient"),
-        Op("logprob_grad", ("logprob", "dhidden", "dweight"), products=3, about="the same, forward and backward"),
-        Op("cross_entropy", ("loss", "dhidden", "dweight"), products=3, about="mean cross-entropy, with gradients"),
-        Op("grpo", ("loss", "dhidden", "dweight"), products=3, about="GRPO loss from hidden states, with gradients"),
+        Op("logprob", ("logprob",), 1, uses=("masked",), about="log-probabilities under a linear head, no gradient"),
+        Op("logprob_grad", ("logprob", *_GRADS[1:]), 3, uses=_BOTH, about="the same, forward and backward"),
+        Op("cross_entropy", _GRADS, 3, uses=("masked",), about="mean cross-entropy, with gradients"),
+        Op("grpo", _GRADS, 3, uses=_BOTH, about="GRPO loss from hidden states, with gradients"),
+        Op("ppo", _GRADS, 3, uses=_BOTH, about="PPO loss with an advantage a token and an entropy bonus"),
+        Op("dpo", _GRADS, 4, uses=("masked",), about="DPO from hidden states of policy and reference, with gradients"),
+        Op("forward_kl", _GRADS, 4, uses=("masked",), about="KL(reference || policy) of two heads, with gradients"),
+        Op("jsd", _GRADS, 4, uses=("masked",), about="mean Jensen-Shannon divergence of two heads, with gradients"),
         Op("from_logits", ("logprob",), passes=1, about="log-probabilities from existing logits, no gradient"),
         Op("from_logits_grad", ("logprob", "dlogits"), passes=3, about="the same, forward and backward"),
+        # logprob, old_logprob, mask (1 byte) read, dlogprob written; a sequence's advantage is nothing beside them
+        Op("policy", ("loss", "dlogprob"), bytes=13, uses=_BOTH, about="GRPO loss from log-probs, with gradient"),
+        Op("gae", ("advantages", "returns"), bytes=16, about="GAE of rewards and values"),
+        # scores to whitened advantages: values, logprob, ref_logprob, mask read; advantages, returns written;
+        # the advantages read and written once more when their moments are known
+        Op("advantages", ("advantages", "returns"), bytes=29, uses=("masked",), about="score, KL, GAE, whitening"),
+        Op("group", ("advantages",), bytes=8, grain=256, about=f"group advantages, groups of {GROUP}"),
+        # moments read x and mask once, the rest reads them again and writes
+        Op("whiten", ("whitened",), bytes=14, uses=("masked",), about="masked whitening"),
     )
 }
 
 
+def on_tokens(op: str) -> bool:
+    """Whether the op knows no vocabulary."""
+    return OPS[op].bytes > 0
+
+
+def parse_shape(text: str, op: str = "logprob") -> Shape:
+    """A named shape, NAME@N, `N,D,V`, or `BxT` for ops on tokens alone. ValueError names the known ones."""
+    known = TOKENS if on_tokens(op) else SHAPES
+    name, _, rows = text.lower().partition("@")
+    if name in known and not rows:
+        return known[name]
+    if name in known and _count(rows):
+        return known[name]._replace(name=text.lower(), n=_count(rows))
+    sizes = [_count(part) for part in text.lower().replace("x", ",").split(",")]
+    if len(sizes) == 3 and all(sizes) and not on_tokens(op):
+        return Shape("custom", *sizes)
+    if len(sizes) == 2 and all(sizes) and on_tokens(op):
+        return Shape("custom", sizes[0] * sizes[1], 0, 0, length=sizes[1])
+    form = "BxT" if on_tokens(op) else "N,D,V, NAME@N"
+    raise ValueError(f"shape of {op} must be {form} or one of {', '.join(known)}, got {text!r}")
+
+
+def shapes_for(op: str, texts: Iterable[str]) -> list[Shape]:
+    """The shapes among `texts` that suit the op; a model's name gives ops on tokens alone their largest common one.
+
+    ValueError when a text means nothing to any op.
+    """
+    found: list[Shape] = []
+    for text in texts:
+        try:
+            found.append(parse_shape(text, op))
+        except ValueError:
+            other = parse_shape(text, "logprob" if on_tokens(op) else "gae")
+            if on_tokens(op) and other.name != "custom":
+                found.append(TOKENS["4m"])
+    return list(dict.fromkeys(found))
+
+
+def _count(text: str) -> int:
+    """A positive integer, in thousands of 1024 with k; 0 when it is none."""
+    text = text.strip()
+    times, text = (1024, text[:-1]) if text.endswith("k") else (1, text)
+    return int(text) * times if text.isdigit() else 0
+
+
 class Case(NamedTuple):
-    """An op at a shape and dtype; `zero_rows` is the share of sequences whose advantage is 0 (grpo)."""
+    """An op at a shape and dtype.
+
+    `zero_rows` is the share of rows whose gradient is zero (sequences of advantage 0), `masked` that of the tokens of
+    every sequence that do not count (target -100, mask False).
+    """
 
     op: str
     shape: Shape
     dtype: str
     zero_rows: float = 0.0
     device: str = "cpu"
+    masked: float = 0.0
 
     @property
     def label(self) -> str:
-        share = f", {self.zero_rows:.0%} zero advantages" if self.zero_rows else ""
-        return f"{self.op} ({self.shape.n}, {self.shape.d}, {self.shape.v}) {self.dtype}{share}"
+        return label(self.op, *self.shape[1:5], self.dtype, self.zero_rows, self.masked)
 
 
-class Inputs(NamedTuple):
-    """hidden (N, D), weight (V, D) or logits (N, V), leaves that require grad; the rest are constants of (N,)."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    logits: Tensor | None
-    target: Tensor
-    dlogprob: Tensor
-    old_logprob: Tensor
-    advantages: Tensor  # (N / LENGTH,), one per sequence
-
-    @property
-    def token_advantages(self) -> Tensor:
-        """(N,)"""
-        return self.advantages.repeat_interleave(LENGTH)
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return (self.hidden, self.weight) if self.logits is None else (self.logits,)
+def label(op: str, n: int, d: int, v: int, length: int, dtype: str, zero_rows: float, masked: float) -> str:
+    """A case in words."""
+    size = f"({n // length} x {length})" if on_tokens(op) else f"({n}, {d}, {v})"
+    share = f", {zero_rows:.0%} zero advantages" if zero_rows else ""
+    return f"{op} {size} {dtype}{share}" + (f", {masked:.0%} masked" if masked else "")
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Logits of standard deviation 2; half of the targets are planted to be likely, the others are in the tails."""
-    n, d, v = case.shape[1:]
-    if n % LENGTH:
-        raise ValueError(f"N must be a multiple of {LENGTH}, the benchmark's sequence length, got {n}")
-    g = torch.Generator(case.device).manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=g, device=case.device)  # noqa: E731
-    dtype = DTYPES[case.dtype]
-    target = torch.randint(v, (n,), generator=g, device=case.device)
-    weight = (draw(v, d) * (2 / d**0.5)).to(dtype)
-    hidden = draw(n, d)
-    hidden[::2] += 5.5 * torch.nn.functional.normalize(weight[target[::2]].float(), dim=1)
-    hidden = hidden.to(dtype)
-    # log-ratios on both sides of the clip range, but none near its edges: there rounding decides the gradient
-    centres = torch.tensor([-0.5, -0.05, 0.05, 0.5], device=case.device)
-    ratio = centres[torch.randint(4, (n,), generator=g, device=case.device)] + 0.02 * draw(n)
-    old = torch.cat([_logprob(z, t)[0] for z, t in _blocks(hidden, weight, target, torch.float32)]) - ratio
-    advantages = draw(n // LENGTH)
-    advantages[: round(case.zero_rows * advantages.shape[0])] = 0
-    dlogprob = draw(n) / n
-    if OPS[case.op].passes:
-        logits = (hidden @ weight.t()).requires_grad_()
-        return Inputs(None, None, logits, target, dlogprob, old, advantages)
-    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), None, target, dlogprob, old, advantages)
-
-
-def grpo_objective(logprob: Tensor, old_logprob: Tensor, advantages: Tensor) -> Tensor:
-    """-mean min(r A, clip(r, 0.8, 1.2) A), all arguments (N,): the loss around providers that have none."""
-    ratio = torch.exp(logprob - old_logprob)
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
-
-
-def _objective(case: Case, x: Inputs) -> Callable[[Tensor], Tensor]:
-    """logprob (N,) -> the scalar whose gradient the op returns."""
-    if case.op == "cross_entropy":
-        return lambda logprob: -logprob.mean()
-    if case.op == "grpo":
-        return lambda logprob: grpo_objective(logprob, x.old_logprob.double(), x.token_advantages.double())
-    return lambda logprob: torch.dot(logprob, x.dlogprob.double())
-
-
-def answer(case: Case, x: Inputs) -> dict[str, Tensor]:
-    """The op's outputs in fp64, from the inputs as they were rounded."""
-    with torch.no_grad():
-        if x.logits is not None:
-            return _answer_from_logits(case, x)
-        hidden, weight = x.hidden.double(), x.weight.double()
-        logprob = torch.cat([_logprob(z, t)[0] for z, t in _blocks(hidden, weight, x.target, torch.float64)])
-        loss, dlogprob = _slope(_objective(case, x), logprob)
-        out = {"logprob": logprob, "loss": loss}
-        if "dhidden" in OPS[case.op].outputs:
-            out["dhidden"], out["dweight"] = torch.empty_like(hidden), torch.zeros_like(weight)
-            row = 0
-            for z, t in _blocks(hidden, weight, x.target, torch.float64):
-                rows = slice(row, row := row + t.shape[0])
-                dz = _dlogits(z, t, dlogprob[rows])
-                out["dhidden"][rows] = dz @ weight
-                out["dweight"].addmm_(dz.t(), hidden[rows])
-        return {name: out[name] for name in OPS[case.op].outputs}
-
-
-def _answer_from_logits(case: Case, x: Inputs) -> dict[str, Tensor]:
-    logprob, dlogits = [], []
-    rows = max(1, BLOCK_BYTES // (8 * x.logits.shape[1]))
-    for start in range(0, x.logits.shape[0], rows):
-        part = slice(start, start + rows)
-        z, t = x.logits[part].double(), x.target[part]
-        logprob.append(_logprob(z, t)[0])
-        if "dlogits" in OPS[case.op].outputs:
-            dlogits.append(_dlogits(z, t, x.dlogprob[part].double()))
-    out = {"logprob": torch.cat(logprob)}
-    return out | ({"dlogits": torch.cat(dlogits)} if dlogits else {})
-
-
-def _blocks(hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, BLOCK_BYTES // (dtype.itemsize * weight.shape[0]))
-    weight = weight.to(dtype)
-    for start in range(0, hidden.shape[0], rows):
-        yield hidden[start : start + rows].to(dtype) @ weight.t(), target[start : start + rows]
-
-
-def _logprob(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    lse = z.logsumexp(-1)
-    return z.gather(-1, target.unsqueeze(-1)).squeeze(-1) - lse, lse
-
-
-def _dlogits(z: Tensor, target: Tensor, dlogprob: Tensor) -> Tensor:
-    """dlogprob (onehot - p)"""
-    dz = torch.exp(z - z.logsumexp(-1, keepdim=True)).mul_(-dlogprob.unsqueeze(-1))
-    return dz.scatter_add_(-1, target.unsqueeze(-1), dlogprob.unsqueeze(-1))
-
-
-def _slope(objective: Callable[[Tensor], Tensor], logprob: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = logprob.detach().requires_grad_()
-        loss = objective(leaf)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+def make_cases(
+    ops: Iterable[str],
+    shapes: Iterable[str],
+    dtypes: Iterable[str],
+    zero_rows: Iterable[float] = (0.0,),
+    masked: Iterable[float] = (0.0,),
+    device: str = "cpu",
+) -> Iterator[Case]:
+    """Every combination that means something, once: an option that an op does not use is left at 0."""
+    shapes, dtypes, zero_rows, masked = list(shapes), list(dtypes), list(zero_rows), list(masked)
+    seen = set()
+    for op in ops:
+        uses = OPS[op].uses
+        for shape in shapes_for(op, shapes):
+            for dtype in ["fp32"] if on_tokens(op) else dtypes:
+                for zero in zero_rows if "zero_rows" in uses else [0.0]:
+                    for share in masked if "masked" in uses else [0.0]:
+                        case = Case(op, shape, dtype, zero, device, share)
+                        if case not in seen:
+                            seen.add(case)
+                            yield case
 
 
 # ---- errors ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,13 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.benchmarks.cases import OPS, Case, Inputs
+from rlhf_fast.benchmarks.cases import DTYPES, OPS, Case, on_tokens
+from rlhf_fast.benchmarks.inputs import IGNORE, Inputs
+from rlhf_fast.benchmarks.token_inputs import TokenInputs
 
 SAMPLE_SECONDS = 0.01
 """A sample repeats the call until it lasts about this long: small cases must not measure the clock."""
 
 LIMIT_ROWS_BYTES = 2 << 30
 CLOSE = 2.0
+SLOW = 4.0
+"""A dtype whose products take longer than this many of fp32's is not timed for peers on the CPU."""
 
 
 class Timing(NamedTuple):
@@ -48,37 +54,45 @@ def once(fn: Callable[[], object], device: str, repeat: int = 1) -> float:
     return (time.perf_counter() - begin) / repeat
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, Timing]:
+def interleaved(
+    calls: dict[str, Callable[[], object]], device: str, rounds: int, budget: float = math.inf
+) -> dict[str, Timing]:
     """Every call once per round, in an order that rotates: a slow minute hits all of them alike.
 
     A call that is not timed precedes each sample: without it a provider pays for what its neighbour left in the caches,
     and on a virtual machine for fresh memory that went back to the host meanwhile (150 ms for a tile of 131 MB).
+    A call whose `rounds` would take more than `budget` seconds gets fewer; one that takes so long by itself, one.
     """
-    repeat = {}
+    repeat, turns, samples = {}, {}, {}
     for name, fn in calls.items():  # the callers have warmed up
         synchronize(device)
-        repeat[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(once(fn, device), 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        first = once(fn, device)
+        repeat[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(first, 1e-7))))
+        turns[name] = int(min(rounds, budget / max(first * (1 + repeat[name]), 1e-7)))
+        samples[name] = [] if turns[name] else [first]
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            calls[name]()
-            synchronize(device)
-            samples[name].append(once(calls[name], device, repeat[name]))
+            if i < turns[name]:
+                calls[name]()
+                synchronize(device)
+                samples[name].append(once(calls[name], device, repeat[name]))
     return {name: Timing(median(s), min(s), s) for name, s in samples.items()}
 
 
-def race(calls: dict[str, Callable[[], object]], device: str, rounds: int, always: str) -> dict[str, Timing]:
-    """`interleaved`, and then three times the rounds among those within CLOSE of the fastest, and `always`.
+def race(
+    calls: dict[str, Callable[[], object]], device: str, rounds: int, always: str, budget: float = math.inf
+) -> dict[str, Timing]:
+    """A round of `interleaved`, then `rounds` among those within CLOSE of the fastest, and `always`.
 
     Rounds without the slow ones are short, so that a busy machine is as busy for all; only they count for the close.
     """
-    timings = interleaved(calls, device, rounds)
+    timings = interleaved(calls, device, 1, budget)
     if rounds == 1:
         return timings
     others = [t.median for name, t in timings.items() if name != always] or [timings[always].median]
     close = [name for name, t in timings.items() if name == always or t.median <= CLOSE * min(others)]
-    return timings | interleaved({name: calls[name] for name in close}, device, 3 * rounds)
+    return timings | interleaved({name: calls[name] for name in close}, device, rounds, budget)
 
 
 def median(values: list[float]) -> float:
@@ -91,24 +105,34 @@ def median(values: list[float]) -> float:
 
 
 def flops(case: Case) -> int:
-    """Of the products that the op cannot do without."""
-    return OPS[case.op].products * 2 * case.shape.n * case.shape.d * case.shape.v
+    """Of the products that the op cannot do without: those of the rows that count."""
+    return round(OPS[case.op].products * 2 * case.shape.n * (1 - case.masked) * case.shape.d * case.shape.v)
 
 
 def traffic(case: Case, itemsize: int) -> int:
-    """Bytes over the logits that the op cannot do without."""
-    return OPS[case.op].passes * case.shape.n * case.shape.v * itemsize
+    """Bytes over the logits, or of the token vectors, that the op cannot do without."""
+    op = OPS[case.op]
+    return case.shape.n // op.grain * op.bytes if op.bytes else op.passes * case.shape.n * case.shape.v * itemsize
 
 
-def limit(case: Case, x: Inputs) -> Callable[[], object]:
-    """The floor as a call: the bare products at this shape, or a copy of the logits.
+def limit(case: Case, x: Inputs | TokenInputs) -> Callable[[], object]:
+    """The floor as a call: the bare products at this shape, or a copy of the logits or of as many bytes.
 
     A copy reads and writes; the time of `traffic` bytes follows from it by `limit_share`.
     """
+    if isinstance(x, TokenInputs):
+        source = torch.zeros(max(1, traffic(case, 4) // 8), device=case.device)  # 4 bytes read, 4 written
+        out = torch.empty_like(source)
+        return lambda: out.copy_(source)
     if OPS[case.op].passes:
         out = torch.empty_like(x.logits)
         return lambda: out.copy_(x.logits.detach())
-    return _products(x.hidden.detach(), x.weight.detach(), OPS[case.op].products)
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    if case.masked:
+        hidden = hidden[x.target != IGNORE]
+    if slow_dtype(case):
+        hidden, weight = hidden.float(), weight.float()
+    return _products(hidden, weight, OPS[case.op].products)
 
 
 def limit_share(case: Case) -> float:
@@ -128,11 +152,35 @@ def _products(hidden: Tensor, weight: Tensor, products: int) -> Callable[[], Non
             h = hidden[start : start + rows]
             tile = z[: h.shape[0]]
             torch.mm(h, weight.t(), out=tile)
-            if products == 3:
+            if products == 4:  # the reference's
+                torch.mm(h, weight.t(), out=tile)
+            if products >= 3:
                 torch.mm(tile, weight, out=dhidden[start : start + rows])
                 torch.mm(tile.t(), h, out=dweight)
 
     return run
+
+
+# ---- processors without units for a dtype ---------------------------------------------------------------------
+
+
+def slow_dtype(case: Case) -> float:
+    """How many times longer a product takes in this dtype than in fp32, where that is more than SLOW; otherwise 0."""
+    if case.device != "cpu" or case.dtype == "fp32" or on_tokens(case.op):
+        return 0.0
+    ratio = _against_fp32(DTYPES[case.dtype])
+    return ratio if ratio > SLOW else 0.0
+
+
+@functools.cache
+def _against_fp32(dtype: torch.dtype) -> float:
+    seconds = []
+    for kind in (torch.float32, dtype):
+        a, b = torch.ones((64, 512), dtype=kind), torch.ones((2048, 512), dtype=kind)
+        call = lambda a=a, b=b: a @ b.t()  # noqa: E731
+        call()
+        seconds.append(min(once(call, "cpu") for _ in range(3)))
+    return seconds[1] / seconds[0]
 
 
 # ---- memory on a GPU (on the CPU: `memory`, in a fresh process) ---------------------------------------------

@@ -3,7 +3,7 @@
 The kernel keeps the high-water mark of the resident set (VmHWM) and lets a process reset it. The call runs twice:
 `cold`, the first time at this shape in the process (a library's caches and compilation are in it), and `steady`.
 
-    python -m rlhf_fast.benchmarks.memory PROVIDER OP N,D,V DTYPE ZERO_ROWS
+    python -m rlhf_fast.benchmarks.memory PROVIDER OP SHAPE DTYPE ZERO_ROWS MASKED
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rlhf_fast.benchmarks.cases import Case, make_inputs, parse_shape
+from rlhf_fast.benchmarks.cases import Case, Shape, parse_shape
+from rlhf_fast.benchmarks.inputs import make_inputs
 from rlhf_fast.benchmarks.measure import output_bytes
 
 TIMEOUT = 600
@@ -61,8 +62,8 @@ def peak_bytes() -> int:
 
 def in_fresh_process(provider: str, case: Case) -> Extra:
     """`extra_bytes` of a provider, measured by a process of its own."""
-    shape = ",".join(str(size) for size in case.shape[1:])
-    command = [sys.executable, "-m", __name__, provider, case.op, shape, case.dtype, str(case.zero_rows)]
+    shares = [str(case.zero_rows), str(case.masked)]
+    command = [sys.executable, "-m", __name__, provider, case.op, json.dumps(case.shape), case.dtype, *shares]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
@@ -91,11 +92,11 @@ def main(arguments: list[str]) -> None:
     """Measure one provider on one case and print JSON."""
     from rlhf_fast.benchmarks.providers import PROVIDERS, build
 
-    provider, op, shape, dtype, zero_rows = arguments
-    tiny = Case(op, parse_shape("tiny"), dtype)
+    provider, op, shape, dtype, zero_rows, masked = arguments
+    tiny = Case(op, parse_shape("tiny", op), dtype)
     for _ in range(2):  # threads, lazy imports and the libraries' own first-call memory
         build(PROVIDERS[provider], tiny, make_inputs(tiny))()
-    case = Case(op, parse_shape(shape), dtype, float(zero_rows))
+    case = Case(op, Shape(*json.loads(shape)), dtype, float(zero_rows), "cpu", float(masked))
     step = build(PROVIDERS[provider], case, make_inputs(case))
     print(json.dumps(Extra(extra_bytes(step), extra_bytes(step))._asdict()))
 

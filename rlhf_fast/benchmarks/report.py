@@ -20,7 +20,8 @@ from rlhf_fast.benchmarks.suite import LIMIT, Row
 
 SCHEMA = 1
 PACKAGES = (
-    "rlhf-fast", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "accelerate", "numpy",
+    "rlhf-fast", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl",
+    "torchrl", "accelerate", "numpy",
 )  # fmt: skip
 COLORS = {"ok": "", "loose": "yellow", "skipped": "dim", "wrong": "red", "failed": "red"}
 
@@ -109,8 +110,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def _cases(rows: Sequence[Row]) -> dict[str, list[Row]]:
     cases: dict[str, list[Row]] = {}
     for row in rows:
-        share = f", {row.zero_rows:.0%} zero advantages" if row.zero_rows else ""
-        cases.setdefault(f"{row.op} ({row.n}, {row.d}, {row.v}) {row.dtype}{share}", []).append(row)
+        cases.setdefault(row.case, []).append(row)
     return cases
 
 
@@ -214,7 +214,6 @@ def compare(a: Sequence[Row], b: Sequence[Row]) -> tuple[Table, dict[tuple, floa
         if row.provider != LIMIT:
             change[row.key] = relative
         style = "red" if relative > 1.1 else "green" if relative < 0.9 else ""
-        case = f"{row.op} {row.n},{row.d},{row.v} {row.dtype}"
         cells = (old.ms, row.ms, row.ms / old.ms, old.x_limit, row.x_limit, relative, old.extra_mb, row.extra_mb)
-        table.add_row(case, row.provider, *map(_n, cells), style=style)
+        table.add_row(row.case, row.provider, *map(_n, cells), style=style)
     return table, change

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.benchmarks.cases import DTYPES, OPS, Case, Inputs, answer, errors, make_inputs, within_budget, wrong
+from rlhf_fast.benchmarks.cases import DTYPES, OPS, Case, errors, label, within_budget, wrong
+from rlhf_fast.benchmarks.inputs import Inputs, answer, make_inputs
 from rlhf_fast.benchmarks.measure import (
     Timing,
     cuda_extra_bytes,
@@ -18,13 +20,16 @@ from rlhf_fast.benchmarks.measure import (
     limit,
     limit_share,
     race,
+    slow_dtype,
     synchronize,
     traffic,
 )
-from rlhf_fast.benchmarks.memory import Unmeasured, in_fresh_process
+from rlhf_fast.benchmarks.memory import Unmeasured, extra_bytes, in_fresh_process
 from rlhf_fast.benchmarks.providers import NAIVE, OURS, PROVIDERS, Provider, Step, Unavailable, build
 
 LIMIT = "limit"
+PATIENCE = 60.0
+"""A first call that takes longer than these seconds is not followed by warm-up."""
 
 
 @dataclass
@@ -55,11 +60,18 @@ class Row:
     extra_mb: float | None = None
     extra_mb_cold: float | None = None
     error: dict[str, float] = field(default_factory=dict)
+    masked: float = 0.0
+    length: int = 64
+
+    @property
+    def case(self) -> str:
+        """What was measured, in words."""
+        return label(self.op, self.n, self.d, self.v, self.length, self.dtype, self.zero_rows, self.masked)
 
     @property
     def key(self) -> tuple:
         """What makes rows of two runs comparable."""
-        return (self.op, self.n, self.d, self.v, self.dtype, self.zero_rows, self.provider)
+        return (self.case, self.provider)
 
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,12 +80,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is done. `memory` False leaves the column empty (on the CPU it takes a process per provider)."""
+    """How a run is done.
+
+    `budget`: seconds that a provider may take for its rounds of a case; the slow get fewer, the slowest one call.
+    `memory` False leaves the column empty; `fresh` takes a process a provider on the CPU, for the first call's too.
+    """
 
     providers: tuple[str, ...] = tuple(PROVIDERS)
     rounds: int = 5
     warmup: int = 2
     memory: bool = True
+    fresh: bool = False
+    budget: float = 10.0
     seed: int = 0
 
 
@@ -97,19 +115,21 @@ def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -
         step = _checked(provider, case, x, truth, naive, row, options.warmup)
         if step is not None:
             steps[name] = step
-    notify(f"{case.label}: {len(steps)} providers timed over {options.rounds} rounds")
+    notify(f"{case.label}: {len(steps)} providers timed, up to {options.rounds} rounds")
     calls = {LIMIT: limit(case, x), **steps}
     calls[LIMIT]()
-    timings = race(calls, case.device, options.rounds, LIMIT)
+    timings = race(calls, case.device, options.rounds, LIMIT, options.budget)
     floor = timings.pop(LIMIT)
     share = limit_share(case)
     floor = Timing(floor.median * share, floor.best * share, [s * share for s in floor.rounds])
     rows.insert(0, _timed(_row(case, LIMIT), case, floor, floor, timings.get(OURS)))
+    if slow_dtype(case):
+        rows[0].reason = "products in fp32, which are faster here"
     for row in rows[1:]:
         if row.provider in timings:
             _timed(row, case, timings[row.provider], floor, timings.get(OURS))
     if options.memory:
-        _memory(rows, steps, case, notify)
+        _memory(rows, steps, case, options.fresh, notify)
     return rows
 
 
@@ -126,6 +146,7 @@ def run(cases: Iterable[Case], options: Options, notify: Notify = lambda text: N
             row.status, row.reason = "failed", _brief(error)
             rows.append(row)
         gc.collect()
+        torch.compiler.reset()  # or a long run exceeds the limit of recompilations
         if case.device == "cuda":
             torch.cuda.empty_cache()
     return rows
@@ -133,10 +154,14 @@ def run(cases: Iterable[Case], options: Options, notify: Notify = lambda text: N
 
 def _row(case: Case, provider: str) -> Row:
     shape = case.shape
-    return Row(case.op, shape.name, *shape[1:], case.dtype, case.zero_rows, case.device, provider)
+    row = Row(case.op, shape.name, *shape[1:4], case.dtype, case.zero_rows, case.device, provider)
+    row.masked, row.length = case.masked, shape.length
+    return row
 
 
 def _naive_error(case: Case, x: Inputs, truth: dict) -> dict[str, float]:
+    if slow_dtype(case):
+        return dict.fromkeys(truth, float("inf"))
     try:
         return errors(build(PROVIDERS[NAIVE], case, x)(), truth)
     except (RuntimeError, MemoryError):  # the naive expression does not fit: the hard limits still hold
@@ -148,7 +173,10 @@ def _checked(
 ) -> Step | None:
     """The provider's call, warmed up, if its results are right; otherwise None and the reason in the row."""
     try:
+        if (times := slow_dtype(case)) and not provider.name.startswith(OURS):
+            raise Unavailable(f"no {case.dtype} units: a product takes {times:.0f} times as long as in fp32")
         step = build(provider, case, x)
+        start = time.perf_counter()
         row.error = errors(step(), truth)
         reason = wrong(case, row.error)
         if reason:
@@ -157,7 +185,8 @@ def _checked(
         if not within_budget(case, row.error, naive):
             row.status, row.reason = "loose", "less exact than the naive expression"
         for _ in range(warmup - 1):
-            step()
+            if time.perf_counter() - start < PATIENCE:
+                step()
         synchronize(case.device)
         return step
     except Unavailable as error:
@@ -179,7 +208,7 @@ def _timed(row: Row, case: Case, timing: Timing, floor: Timing, ours: Timing | N
     return row
 
 
-def _memory(rows: list[Row], steps: dict[str, Step], case: Case, notify: Notify) -> None:
+def _memory(rows: list[Row], steps: dict[str, Step], case: Case, fresh: bool, notify: Notify) -> None:
     for row in rows:
         if row.provider not in steps:
             continue
@@ -187,6 +216,8 @@ def _memory(rows: list[Row], steps: dict[str, Step], case: Case, notify: Notify)
         try:
             if case.device == "cuda":
                 row.extra_mb = cuda_extra_bytes(steps[row.provider]) / 1e6
+            elif not fresh:
+                row.extra_mb = extra_bytes(steps[row.provider]) / 1e6
             else:
                 extra = in_fresh_process(row.provider, case)
                 row.extra_mb, row.extra_mb_cold = extra.steady / 1e6, extra.cold / 1e6

@@ -10,8 +10,16 @@ from typing import Annotated
 
 import typer
 
-STEPS = {"grpo_step": "a GRPO step beside TRL's GRPOTrainer", "dpo_step": "a DPO step beside TRL's DPOTrainer"}
+STEPS = {
+    "grpo_step": "a GRPO step beside TRL's GRPOTrainer",
+    "ppo_step": "a PPO step beside a plain loop in torch and transformers (TRL 1.16 has no PPO)",
+    "dpo_step": "a DPO step beside TRL's DPOTrainer",
+    "context": "the longest sequence of a DPO pair in a given memory, beside TRL's DPOTrainer",
+}
+DEFAULT_OPS = ["grpo", "logprob", "policy", "gae"]
 OP_HELP = f"An op, `all`, {', '.join(STEPS)}; may be repeated."
+ZERO_HELP = "Share of rows without a gradient (zero advantages); may be repeated."
+MASKED_HELP = "Share of tokens that do not count; may be repeated."
 COMPARE = "compare"
 
 
@@ -20,12 +28,19 @@ def bench(
         list[str] | None, typer.Argument(metavar="[compare A.json B.json]", help="Compare two saved runs.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option("--op", help=OP_HELP)] = None,
-    shape: Annotated[list[str] | None, typer.Option("--shape", help="A name or N,D,V; may be repeated.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="A name, NAME@N, N,D,V or BxT; may be repeated.")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16 or fp16; may be repeated.")] = None,
     providers: Annotated[str | None, typer.Option("--providers", help="Comma-separated; default: all.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")] = 5,
-    zero_rows: Annotated[float, typer.Option("--zero-rows", min=0, max=1, help="Share of zero advantages.")] = 0.0,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="Seconds of a provider's rounds a case.")] = 10.0,
+    zero_rows: Annotated[list[float] | None, typer.Option("--zero-rows", min=0, max=1, help=ZERO_HELP)] = None,
+    masked: Annotated[list[float] | None, typer.Option("--masked", min=0, max=0.99, help=MASKED_HELP)] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Memory in a process a provider: slow, the first call's too.")
+    ] = False,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON, CSV and PNG.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show ops, shapes and providers.")] = False,
@@ -33,7 +48,7 @@ def bench(
     """Measure the kernels against the machine's limits and against other libraries.
 
     Every provider gets the same inputs, is checked against fp64 before it is timed, and takes turns with the others.
-    Without options: the main ops at the shape that suits the device.
+    Without options: the main ops at the shape that suits the device, in a few minutes. `--op all` takes its time.
     """
     if words:
         return _compare(words)
@@ -44,11 +59,14 @@ def bench(
     from rlhf_fast.benchmarks import cases, report, suite
 
     device = _device(device)
-    ops = _chosen("op", op or ["logprob_grad", "cross_entropy", "grpo"], [*cases.OPS, *STEPS])
+    ops = _chosen("op", op or DEFAULT_OPS, [*cases.OPS, *STEPS])
     dtypes = _chosen("dtype", dtype or (["bf16"] if device == "cuda" else ["fp32", "bf16"]), list(cases.DTYPES))
-    shapes = [cases.parse_shape(s) for s in shape or ["qwen2.5-0.5b" if device == "cuda" else "cpu"]]
-    options = suite.Options(providers=_providers(providers), rounds=rounds, memory=memory)
-    todo = [cases.Case(o, s, d, zero_rows, device) for s in shapes for d in dtypes for o in ops if o not in STEPS]
+    shapes = shape or ["qwen2.5-0.5b" if device == "cuda" else "cpu"]
+    options = suite.Options(_providers(providers), rounds, memory=memory, fresh=fresh, budget=budget)
+    kernels = [name for name in ops if name not in STEPS]
+    todo = list(cases.make_cases(kernels, shapes, dtypes, zero_rows or [0.0], masked or [0.0], device))
+    if kernels and not todo:
+        raise ValueError(f"no op of {', '.join(kernels)} has a shape among {', '.join(shapes)}")
     info = report.environment(device)
     console, status = _console()
     console.print(report.hardware_line(info))
@@ -86,7 +104,7 @@ def _compare(words: Sequence[str]) -> None:
 
 
 def _list() -> None:
-    from rlhf_fast.benchmarks.cases import OPS, SHAPES
+    from rlhf_fast.benchmarks.cases import OPS, SHAPES, TOKENS
     from rlhf_fast.benchmarks.providers import PROVIDERS
 
     for op in OPS.values():
@@ -94,7 +112,10 @@ def _list() -> None:
     for step, about in STEPS.items():
         typer.echo(f"op        {step:18} {about}")
     for shape in SHAPES.values():
-        typer.echo(f"shape     {shape.name:18} N={shape.n}, D={shape.d}, V={shape.v}")
+        cap = f", soft cap {shape.softcap:g}" if shape.softcap else ""
+        typer.echo(f"shape     {shape.name:18} N={shape.n}, D={shape.d}, V={shape.v}{cap}")
+    for shape in TOKENS.values():
+        typer.echo(f"tokens    {shape.name:18} {shape.n // shape.length} sequences of {shape.length}")
     for provider in PROVIDERS.values():
         typer.echo(f"provider  {provider.name:18} {provider.about}")
 
