@@ -14,13 +14,15 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = 
     `dry_run` reads and checks configuration and data, prints both and the predicted memory, and loads no model.
     """
     from rlhf_fast.trainers.config import load_config, run
+    from rlhf_fast.trainers.run_log import is_main_process
 
     resolved = load_config(config, overrides)
     if dry_run:
         return _dry_run(resolved)
     _quiet_libraries()
     summary = run(resolved)
-    _print_summary(summary, resolved.output_dir)
+    if is_main_process():
+        _print_summary(summary, resolved.output_dir)
     return summary
 
 

@@ -141,7 +141,7 @@ class GRPOTrainer(RLTrainer):
             scored &= torch.tensor([reason == "stop" for reason in rollout.finish])
         experience = build_experience([p.ids for p in rows], rollout, result.advantages, scored, group)
         self.loop.state.num_input_tokens_seen += int(gather(rollout.lengths).sum())
-        metrics = self.rollout_metrics(scores, gather(scores.total), rollout)
+        metrics = self.rollout_metrics(scores, rollout)
         return experience, metrics | {"zero_std_groups": float(gather(result.zero_std).float().mean())}
 
     def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:

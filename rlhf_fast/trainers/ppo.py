@@ -46,7 +46,6 @@ from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join,
 from rlhf_fast.trainers.ppo_metrics import rollout_metrics, rollout_sums
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
-from rlhf_fast.trainers.reward_ensemble import RewardEnsemble
 from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
 from rlhf_fast.trainers.rollout.samplers import Rollout
 from rlhf_fast.trainers.running_stats import RunningStats
@@ -85,9 +84,6 @@ class PPOTrainer(RLTrainer):
         self.kl, self.score_stats = config.kl_controller(), RunningStats()
         self._critic, self._ref_model, self._started = critic, ref_model, False
         super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
-        for function in self.reward_functions():
-            if isinstance(function, RewardEnsemble):
-                function.accelerator = self.accelerator
         critic, pad = self.loop.models["critic"], self.tokenizer.pad_token_id
         self.roles = Roles(config, self.model, critic, self.reference, self.accelerator, pad)
 
@@ -139,7 +135,7 @@ class PPOTrainer(RLTrainer):
             rows = [prompt for prompt in prompts for _ in range(config.num_generations)]
             with loop.timed("scoring"):
                 scores = self.score_rollout(rows, rollout)
-                metrics = self.rollout_metrics(scores, self.everywhere(scores.total), rollout)
+                metrics = self.rollout_metrics(scores, rollout)
                 for function in self.reward_functions():
                     metrics |= getattr(function, "metrics", {})
             metrics |= self.learn([p.ids for p in rows], rollout, scores.total)

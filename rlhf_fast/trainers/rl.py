@@ -17,7 +17,7 @@ from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.models.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
-from rlhf_fast.trainers.reward_ensemble import load_rewards
+from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
@@ -77,6 +77,8 @@ class RLTrainer:
         for part in (self.reference, *self.reward_functions()):
             if hasattr(part, "to"):
                 part.to(self.accelerator.device)
+            if isinstance(part, RewardEnsemble):
+                part.accelerator = self.accelerator
         self.perplexity = make_perplexity(config, self.tokenizer, known["vocabulary"], perplexity_dataset)
         self.prompts_per_rollout, self.minibatches_per_rollout = config.sizes(self.accelerator.num_processes)
         self.sampler = self.make_sampler(greedy=False)
@@ -159,10 +161,15 @@ class RLTrainer:
         with self.accelerator.autocast():
             return rewards(prompts, texts, columns_of(rows), **given)
 
-    def rollout_metrics(self, scores: Scores, rewards: Tensor, rollout: Rollout) -> dict[str, float]:
-        """Of the rollout; `rewards` over all processes, lengths and single functions of this one."""
-        kept, lengths = rewards[rewards.isfinite()], rollout.lengths.float()
-        stopped = sum(reason == "stop" for reason in rollout.finish) / len(rollout.finish)
+    def rollout_metrics(self, scores: Scores, rollout: Rollout) -> dict[str, float]:
+        """Of the rollout of all processes: rewards, single functions, lengths. Every process calls it."""
+        stopped = torch.tensor([reason == "stop" for reason in rollout.finish])
+        names = self.rewards.names if self.rewards is not None else []
+        single = names if 1 < len(names) == scores.each.shape[1] else []  # not the caller's own scores
+        columns = [scores.total, rollout.lengths.cpu(), stopped, *scores.each.unbind(1)[: len(single)]]
+        table = torch.stack([column.double() for column in columns], 1)
+        rewards, lengths, stopped, *each = self.accelerator.gather(table.to(self.accelerator.device)).cpu().unbind(1)
+        kept = rewards[rewards.isfinite()]
         metrics = {
             "reward": kept.mean() if len(kept) else math.nan,
             "reward_std": kept.std(correction=0) if len(kept) else math.nan,
@@ -170,11 +177,9 @@ class RLTrainer:
             "completion_length": lengths.mean(),
             "completion_length_min": lengths.min(),
             "completion_length_max": lengths.max(),
-            "truncated_completions": 1 - stopped,
+            "truncated_completions": 1 - stopped.mean(),
         }
-        if self.rewards is not None and 1 < len(self.rewards.names) == scores.each.shape[1]:  # not the caller's own
-            for name, column in zip(self.rewards.names, scores.each.unbind(1), strict=True):
-                metrics[f"reward_{name}"] = column[column.isfinite()].mean()
+        metrics |= {f"reward_{name}": finite_mean(column) for name, column in zip(single, each, strict=True)}
         return {name: float(value) for name, value in metrics.items()}
 
     def over_processes(self, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -198,28 +203,39 @@ class RLTrainer:
         return bool(self.eval_prompts) or self.perplexity is not None
 
     def evaluate(self, prompts: Sequence[Prompt] | None = None) -> dict[str, float]:
-        """Means over one completion for each evaluation prompt, greedy unless `eval_do_sample`, and the perplexity."""
+        """Means over one completion for each evaluation prompt, greedy unless `eval_do_sample`, and the perplexity.
+
+        The processes share the prompts and get the same means.
+        """
         prompts = prompts or self.eval_prompts
         if not prompts and self.perplexity is None:
             raise ValueError("evaluate needs eval_dataset or perplexity_dataset")
         metrics: dict[str, float] = {}
         with self.loop.timed("evaluate"):
             if prompts:
-                rollout = self.sample(prompts, sampler=self.make_sampler(greedy=not self.config.eval_do_sample))
-                metrics["eval_completion_length"] = float(rollout.lengths.float().mean())
-                for rewards in (self.rewards, self.eval_rewards):
-                    if rewards is None:
-                        continue
-                    scores = self.score_rollout(prompts, rollout, rewards)
-                    if rewards is self.rewards:
-                        metrics["eval_reward"] = finite_mean(scores.total)
-                    if rewards is self.eval_rewards or len(rewards.names) > 1:
-                        prefix = "eval" if rewards is self.eval_rewards else "eval_reward"
-                        each = zip(rewards.names, scores.each.unbind(1), strict=True)
-                        metrics |= {f"{prefix}_{name}": finite_mean(column) for name, column in each}
+                mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+                found = self._evaluation_rows(mine or prompts[:1])  # statistics over processes wait for every one
+                every = gather_object([{name: column[: len(mine)] for name, column in found.items()}])
+                metrics = {name: finite_mean(torch.tensor([x for part in every for x in part[name]])) for name in found}
             if self.perplexity is not None:
                 metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
         return metrics
+
+    def _evaluation_rows(self, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
+        """One number a prompt of everything that `evaluate` takes means of."""
+        rollout = self.sample(prompts, sampler=self.make_sampler(greedy=not self.config.eval_do_sample))
+        columns = {"eval_completion_length": rollout.lengths}
+        for rewards in (self.rewards, self.eval_rewards):
+            if rewards is None:
+                continue
+            scores = self.score_rollout(prompts, rollout, rewards)
+            if rewards is self.rewards:
+                columns["eval_reward"] = scores.total
+            if rewards is self.eval_rewards or len(rewards.names) > 1:
+                prefix = "eval" if rewards is self.eval_rewards else "eval_reward"
+                each = zip(rewards.names, scores.each.unbind(1), strict=True)
+                columns |= {f"{prefix}_{name}": column for name, column in each}
+        return {name: column.double().tolist() for name, column in columns.items()}
 
     def evaluate_at_start(self) -> None:
         """The model before its first step, as row 0 of the log; it may be the best there is."""
@@ -239,7 +255,7 @@ class RLTrainer:
 
 
 def finite_mean(values: Tensor) -> float:
-    return float(values[values.isfinite()].mean())
+    return float(values[values.isfinite()].double().mean())
 
 
 def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
