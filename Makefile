@@ -1,5 +1,6 @@
 # From a bare clone: needs python3 (3.10 or later) and, for the compiled kernels, a C++ compiler.
 #   make demo   train the embedded GRPO demo        make test   run the test suite
+#   make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (minutes)
 #   make lint   ruff, check and format              make clean  remove build products (and VENV with `distclean`)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Python files are used where they lie; the package is installed again only when these change.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint clean distclean
+.PHONY: demo test sanitize lint clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-train
@@ -19,6 +20,17 @@ demo: $(VENV)/.installed-train
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests
+
+# Both libraries must be in the process before Python: it is not built with them.
+SANITIZED  := row_pass_cpp policy_cpp divergence_rows value advantages ppo_advantages fuzz_ops
+SANITIZERS := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+sanitize: $(VENV)/.installed-test
+	cmake -S . -B build/sanitize -DRLHF_FAST_SANITIZE=ON -DRLHF_FAST_CUDA=off -DCMAKE_CXX_FLAGS=-O1 \
+	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/sanitize --parallel
+	$(SANITIZERS) $(BIN)/python tests/sanitized.py build/sanitize/_C*.so -q -p no:cacheprovider \
+	    $(SANITIZED:%=tests/test_%.py)
 
 lint: $(VENV)/.ruff
 	$(BIN)/ruff check .

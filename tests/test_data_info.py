@@ -216,5 +216,5 @@ def test_missing_files_and_columns_and_a_broken_registry(tmp_path):
         rows[0]
     for text in ("[]", "{"):
         (tmp_path / "dataset_info.json").write_text(text)
-        with pytest.raises(ValueError, match=r"dataset_info\.json: (must hold an object|not valid JSON)"):
+        with pytest.raises(ValueError, match=r"dataset_info\.json(: must hold an object|, line 1: not valid JSON)"):
             load_rows(run)

@@ -207,3 +207,5 @@ def parsed_json(value: Any, what: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} must be JSON: {error.msg} at column {error.colno}, got {value!r:.60}") from None
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        raise ValueError(f"{what} must be JSON of a usual size, got {value!r:.60}") from None

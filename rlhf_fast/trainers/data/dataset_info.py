@@ -10,7 +10,6 @@ columns nor tags has rows of any form in `forms`. Nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,6 +21,7 @@ import numpy as np
 from rlhf_fast.trainers.config_types import names, nearest
 from rlhf_fast.trainers.data.chat import SHAREGPT, Tags, as_messages
 from rlhf_fast.trainers.data.readers import Rows, read_rows
+from rlhf_fast.trainers.data.sources import BOM, parse_json
 
 REGISTRY = "dataset_info.json"
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -118,10 +118,7 @@ def read_registry(path: Path) -> dict[str, Any]:
     """The entries of a dataset_info.json; none when there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        entries = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    entries = parse_json(path.read_bytes().removeprefix(BOM), str(path), lines=True)
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: must hold an object of entries, got a {type(entries).__name__}")
     return entries

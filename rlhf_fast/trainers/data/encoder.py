@@ -32,7 +32,13 @@ class Encoder:
         `bos=False` for rows that continue another one.
         """
         texts = [segment.text for row in rows for segment in row]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        try:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        except (TypeError, UnicodeEncodeError):
+            for text in texts:
+                if isinstance(text, str) and not _is_text(text):
+                    raise ValueError(f"not Unicode text: half of a surrogate pair in {text!r:.80}") from None
+            raise
         pieces = iter(encoded["input_ids"])
         out = []
         for row in rows:
@@ -53,6 +59,14 @@ class Encoder:
                 ids, scored = self.prefix + ids, [False, *scored]
             out.append((np.array(ids, dtype=np.int32), np.array(scored, dtype=bool)))
         return out
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fit(

@@ -222,7 +222,7 @@ def _margin(row: Row, where: str) -> float | None:
     value = row.get("margin")
     try:
         margin = None if value is None or value == "" else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = float("nan")
     if margin is not None and (isinstance(value, bool) or not abs(margin) < float("inf")):
         raise ValueError(f"{where}: margin must be a finite number, got {value!r:.60}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -91,12 +92,7 @@ class JsonLines:
                 f.seek(self._start[i])
                 self._at, self._bytes = self._start[i], f.read(max(BLOCK, end - begin))
             begin, end = 0, end - begin
-        try:
-            return json.loads(self._bytes[begin:end].decode("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.where(i)}: not valid JSON: {error.msg} at column {error.colno}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.where(i)}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        return parse_json(self._bytes[begin:end], self.where(i))
 
     def where(self, i: int) -> str:
         return f"{self.name}, line {self._line[i]}"
@@ -197,12 +193,44 @@ def _first_character(path: Path) -> bytes:
 
 
 def _read_array(path: Path) -> list[Any]:
+    return parse_json(path.read_bytes().removeprefix(BOM), str(path), lines=True)
+
+
+def parse_json(data: bytes, where: str, *, lines: bool = False) -> Any:
+    """The value of JSON text; ValueError with `where`, the reason, and the column or, with `lines`, the line.
+
+    A key given twice is an error, since one of its values would be lost; so is what is no Unicode text.
+    """
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+        if SURROGATE.search(data):  # an escape; halves of a pair have no encoding
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        if lines:
+            raise ValueError(f"{where}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: not Unicode text: half of a surrogate pair, {error.object[error.start]!r}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{where}: not usable JSON: nested too deeply") from None
+    except ValueError as error:  # a key twice; an integer of thousands of digits
+        raise ValueError(f"{where}: not usable JSON: {_first_line(error)}") from None
+
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r:.60} is given twice")
+    return value
 
 
 def kind(value: Any) -> str:
