@@ -94,8 +94,7 @@ def test_the_yaml_loader_is_a_safe_one():
 
 transformers = pytest.importorskip("transformers")
 
-from test_cli import config as _config  # noqa: E402, F401
-from test_cli import invoke  # noqa: E402
+from test_cli import config, invoke  # noqa: E402, F401
 
 MARK = "it_ran"
 
@@ -111,8 +110,8 @@ class Bomb:
 
 
 @pytest.fixture
-def run(_config):  # noqa: F811
-    return _config
+def run(config):  # noqa: F811
+    return config
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt"])

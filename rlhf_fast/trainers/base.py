@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from rlhf_fast.trainers.callbacks import SkipBrokenSteps
+from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
@@ -167,8 +167,7 @@ class FusedTrainer(Trainer):
         loss, metrics = self.share(model, inputs, totals)
         if self.is_in_train:
             self._step.add(metrics)
-        ranks = self.accelerator.num_processes
-        loss = loss * ranks if ranks > 1 else loss
+        loss = or_broken(loss, self.accelerator.num_processes)
         return (loss, metrics) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

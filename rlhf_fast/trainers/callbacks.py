@@ -55,7 +55,7 @@ class QuietProgress(ProgressCallback):
 
 
 class SkipBrokenSteps(TrainerCallback):
-    """Drops the gradients of a step in which one is NaN or infinite: weights and moments stay as they were.
+    """Drops the gradients of a step when one, or the loss, is NaN or infinite: weights and moments stay as they are.
 
     Every rank decides alike. `limit` such steps in a row end the run. Under fp16 the gradient scaler does this.
     """
@@ -84,9 +84,17 @@ class SkipBrokenSteps(TrainerCallback):
         warnings.warn(f"step {state.global_step + 1}: a gradient is not finite, step skipped", stacklevel=2)
         if self._in_a_row >= self.limit:
             raise FloatingPointError(
-                f"{self.limit} steps in a row had gradients that are not finite; "
+                f"{self.limit} steps in a row had gradients that are not finite, up to step {state.global_step + 1}; "
                 "a lower learning_rate, or a look at the data, may help"
             )
+
+
+def or_broken(loss: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """loss x factor; of a loss that is not finite also the gradient is none, so that the step is skipped on all ranks.
+
+    An infinite loss may have a finite gradient. No exchange is needed: the gradients' sum carries the NaN everywhere.
+    """
+    return loss * torch.where(loss.detach().isfinite(), factor, torch.nan)
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:

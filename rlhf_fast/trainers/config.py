@@ -122,6 +122,7 @@ class RunConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 10  # steps in a row with a NaN or infinite loss or gradient before the run is given up
     gradient_checkpointing: bool = False
     disable_gradient_checkpointing: bool = False  # LLaMA-Factory's switch, where checkpointing is on by default
     bf16: bool = False  # autocast
@@ -145,7 +146,7 @@ class RunConfig:
     def validate(self) -> None:
         """Raise ValueError on values that have the right type but make no sense."""
         positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        positive += ("cutoff_len", "logging_steps", "lora_rank", "ddp_timeout")
+        positive += ("cutoff_len", "logging_steps", "lora_rank", "ddp_timeout", "max_skipped_steps")
         for name in positive:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps", "eval_steps", "val_size"):

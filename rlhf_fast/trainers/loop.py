@@ -37,6 +37,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from rlhf_fast.trainers.callbacks import or_broken
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import resume_path, save_model
@@ -184,8 +185,8 @@ class Loop:
     def update(self, micro_batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> None:
         """One optimiser step over the summed losses. No micro-batch: no step, but the schedule goes on.
 
-        A role whose parameters got no gradient stays as it is. An update with a gradient that is not finite, of
-        whichever role, is skipped, moments untouched, and counted.
+        A role whose parameters got no gradient stays as it is. An update with a loss or a gradient that is not
+        finite, of whichever role, is skipped, moments untouched, and counted.
         """
         if not self._in_step:
             self.control = self.callbacks.on_step_begin(self.arguments, self.state, self.control)
@@ -196,7 +197,7 @@ class Loop:
             with ExitStack() as stack:
                 for model in () if last else self.models.values():
                     stack.enter_context(self.accelerator.no_sync(model))
-                self.accelerator.backward(loss_of(micro) * processes)
+                self.accelerator.backward(or_broken(loss_of(micro), processes))
         if micro_batches:
             finite = self._clip()
             if self.accelerator.scaler is not None or finite:  # fp16's scaler skips by itself

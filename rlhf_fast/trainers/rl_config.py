@@ -40,7 +40,6 @@ class RLConfig(RolloutConfig):
     learning_rate: float = 1e-6
     max_tokens_per_micro_batch: int | None = None  # replaces per_device_train_batch_size as the unit of a forward
     disable_dropout: bool = True  # the policy is updated in eval mode: sampler and trainer are one function
-    max_skipped_steps: int = 10  # steps in a row with NaN or infinite gradients before the run is given up
     # ---- evaluation
     eval_on_start: bool = False
     eval_do_sample: bool = False  # False: greedy
@@ -55,8 +54,7 @@ class RLConfig(RolloutConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("max_skipped_steps", "ref_model_sync_steps"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, "at least 1")
         optional = ("max_prompt_length", "generation_batch_size", "steps_per_generation")
         for name in (*optional, "max_tokens_per_micro_batch"):
             value = getattr(self, name)

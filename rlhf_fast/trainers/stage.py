@@ -69,6 +69,7 @@ def run_stage(
             eval_dataset=evaluation[0],
             callbacks=[RunLogCallback(run_log, curves=config.plot_loss), *callbacks],
         )
+        trainer.broken_steps.limit = config.max_skipped_steps
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         if not config.disable_tqdm:
