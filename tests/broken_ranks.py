@@ -23,10 +23,10 @@ from test_sft import trainer_for as sft_trainer
 LIMIT = 2
 
 
-def stages(folder: Path):
-    """(name, trainer) anew for every break."""
-    sizes = dict(max_steps=4, per_device_train_batch_size=2, learning_rate=0.1)
-    rl = dict(max_steps=4, max_skipped_steps=LIMIT)
+def stages(folder: Path, steps: int = 4):
+    """(name, function that makes a trainer) of every stage."""
+    sizes = dict(max_steps=steps, per_device_train_batch_size=2, learning_rate=0.1)
+    rl = dict(max_steps=steps, max_skipped_steps=LIMIT)
     yield "sft", lambda: sft_trainer(folder / "sft", tiny(vocab_size=18), make_rows(16), **sizes)
     yield "rm", lambda: rm_trainer(folder / "rm", **sizes)
     yield "dpo", lambda: dpo_trainer(folder / "dpo", **sizes)
