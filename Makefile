@@ -18,7 +18,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 demo: $(VENV)/.installed-train
 	$(BIN)/rlhf-fast demo grpo
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.hosts
 	$(BIN)/python -m pytest tests
 
 # Both libraries must be in the process before Python: it is not built with them.
@@ -48,6 +48,15 @@ $(VENV)/.torch: | $(VENV)/.created
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/.torch
 	$(PIP) --editable ".[$*]"
 	touch $@
+
+# Sources of the integrations' hosts. Their wheels are named as for one Python and platform (one of them exists for no
+# other), whatever runs here. Without a network their tests are skipped, and the next `make test` tries again.
+$(VENV)/.hosts: tests/hosts.txt | $(VENV)/.created
+	rm -rf $(VENV)/hosts
+	if $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	        --python-version 3.11 --platform manylinux1_x86_64 --dest $(VENV)/hosts/wheels -r tests/hosts.txt && \
+	   for wheel in $(VENV)/hosts/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(VENV)/hosts || exit 1; done; \
+	then touch $@; else echo "tests/hosts.txt could not be fetched: the tests of these hosts are skipped"; fi
 
 $(VENV)/.ruff: pyproject.toml | $(VENV)/.created
 	$(PIP) "ruff~=0.17.0"

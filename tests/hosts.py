@@ -1,18 +1,17 @@
 """Hosts for the integration tests: their own source files, without the engines around them.
 
-A host is taken from the environment if it is installed there, else from a folder of unpacked wheels:
-
-    pip download --no-deps -d wheels verl openrlhf llamafactory
-    for w in wheels/*.whl; do unzip -q $w -d hosts; done
-    RLHF_FAST_HOSTS=hosts pytest tests/test_verl.py tests/test_openrlhf.py tests/test_llamafactory.py
+A host is taken from the environment if it is installed there, else from a folder of unpacked wheels: the environment's
+own `hosts`, which `make test` fills with what hosts.txt names, or the one that RLHF_FAST_HOSTS names.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 
 class _Stub(ModuleType):
@@ -96,18 +96,21 @@ def host(
     replaced: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[list[ModuleType]]:
     """The host's own modules, imported with stubs in the place of what is not installed, or is another version than it
-    wants (`replaced`). Skips without the host.
+    wants (`replaced`). Skips without the host, and where it does not serve this Python.
     """
     folders: list[str] = []
     if importlib.util.find_spec(name) is None:
-        folder = Path(os.environ.get("RLHF_FAST_HOSTS", "hosts"))
+        folder = Path(os.environ.get("RLHF_FAST_HOSTS") or Path(sys.prefix, "hosts"))
         roots = [folder, *folder.glob("*.data/purelib")]  # a wheel for one platform keeps its sources there
         if not any((root / name / "__init__.py").is_file() for root in roots):
-            pytest.skip(f"{name} is not installed, and RLHF_FAST_HOSTS names no folder with its source files")
+            pytest.skip(f"{name} is neither installed nor in {folder}: `make test` fetches it, given a network")
         folders = [str(root) for root in roots]
         sys.path[:0] = folders
         importlib.invalidate_caches()
     try:
+        wants = importlib.metadata.metadata(name).get("Requires-Python", "")
+        if platform.python_version() not in SpecifierSet(wants):
+            pytest.skip(f"{name} needs Python {wants}")
         with stubbed(stubs), instead(replaced or {}):
             found = [importlib.import_module(module) for module in modules]
         yield found

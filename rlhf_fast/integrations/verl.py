@@ -157,7 +157,7 @@ def _aggregation(kind: str, mode: str, mask: Tensor, info: dict[str, Any]) -> di
     """verl's `agg_loss`: its modes with global counts; sequences without a token do not count."""
     if kind == "geo_mean":  # as verl's own: a mean over the rows, whatever the mode
         return {"aggregation": "seq_mean_token_mean", "normalizer": mask.shape[0]}
-    mode = "seq-mean-token-mean" if kind == "sapo" else mode  # as verl's own
+    mode = "seq-mean-token-mean" if kind in ("gspo", "sapo") else mode  # as verl's own, whatever is asked
     ranks, tokens, sequences = (info.get(n) for n in ("dp_size", "batch_num_tokens", "global_batch_size"))
     ranks = ranks or 1
     if mode == "token-sum":
