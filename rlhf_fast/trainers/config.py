@@ -155,6 +155,8 @@ class RunConfig:
         for name in ("adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         require("max_steps", self.max_steps, self.max_steps == -1 or self.max_steps > 0, "-1 or at least 1")
+        require("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")
+        require("adam_epsilon", self.adam_epsilon, 0 <= self.adam_epsilon < float("inf"), "at least 0 and finite")
         require("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0")
         if self.max_samples is not None:
             require("max_samples", self.max_samples, self.max_samples >= 1, "at least 1")
@@ -282,7 +284,10 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Run
         raise ValueError(f"stage is required: one of {', '.join(STAGES)}")
     cls = config_class(stage)
     known = field_types(cls)
-    for key, value in (given.pop("training_arguments", None) or {}).items():
+    nested = given.pop("training_arguments", None) or {}
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"training_arguments must be a mapping, got {nested!r:.60} ({type(nested).__name__})")
+    for key, value in nested.items():
         given.setdefault(key, value)
     config_keys.override(given, texts, cls)
     for other, name in config_keys.aliases(cls).items():

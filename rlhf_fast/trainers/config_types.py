@@ -34,6 +34,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: {error}") from None
+    except RecursionError:
+        raise ValueError("not usable YAML: nested too deeply") from None
     if values is None:
         raise ValueError("the file is empty")
     if not isinstance(values, dict):

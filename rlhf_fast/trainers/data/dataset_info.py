@@ -201,6 +201,10 @@ def _registered(name: str, entry: Any, folder: Path) -> DataSource:
         hub = next((key for key in HUBS if entry.get(key)), None)
         what = f"{hub} is {entry[hub]!r}, but nothing is downloaded: " if hub else ""
         raise ValueError(f"{where}: {what}file_name must name a local file or folder")
+    for key in ("file_name", "split", "subset"):
+        value = entry.get(key)
+        if value is not None and (not isinstance(value, str) or not value.isprintable()):
+            raise ValueError(f"{where}: {key} must be a string, got {value!r:.60}")
     path = folder / Path(file).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{where}: no file or folder {path}")

@@ -147,7 +147,7 @@ def _arrow(read: Callable[[Path], Any], path: Path) -> Any:
         raise ValueError(f"{path}: {path.suffix} files need pyarrow: pip install pyarrow") from None
     try:
         return read(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names of columns that are not UTF-8
         raise ValueError(f"{path}: not readable as {path.suffix}: {_first_line(error)}") from None
 
 
