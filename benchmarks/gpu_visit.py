@@ -1,11 +1,16 @@
 """One GPU hour, used whole: build, test and measure in under ten minutes, the most telling rows first.
 
-    python benchmarks/gpu_visit.py OUTPUT_FOLDER                # on a GPU
+    python benchmarks/gpu_visit.py OUTPUT_FOLDER                # on a GPU; --minutes 6: the same order, cut shorter
     python benchmarks/gpu_visit.py OUTPUT_FOLDER --rehearse     # the same road on the CPU, at tiny shapes
 
 Every stage runs in a process of its own with a time limit: a crash, a hang or a missing package costs its own row and
 nothing else. What is measured is on disk as soon as it is known (`rows.jsonl`, one process per case); `visit.json`
-and a short table come last. Uses what is installed; nothing is downloaded.
+and a short table come last. Uses what is installed; nothing is downloaded. Peers that are not there leave their rows
+with the reason.
+
+The order: build, doctor; the two rows that the design's table names first; every op at small shapes against fp64;
+the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); a GRPO
+run and a DPO step end to end; the other rows.
 """
 
 from __future__ import annotations
@@ -13,67 +18,116 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 9.5
-DOCTOR = "import sys; from rlhf_fast.cli.main import app; sys.argv[1:] = ['doctor']; app()"
-GPU_TESTS = [
-    "tests/test_triton_row_pass.py",
-    "tests/test_engine_device.py",
-    "tests/test_triton_policy.py",
-    "tests/test_divergence_rows.py",
-]
+RESERVE = 12.0
+"""Seconds kept for the last table."""
 
-# op, shape, dtype, share of zero advantages; the targets of the design's table first
-CASES = [
-    ("grpo", "qwen3-8b", "bf16", 0.0),
-    ("grpo", "qwen2.5-0.5b", "bf16", 0.0),
-    ("logprob", "qwen3-8b", "bf16", 0.0),
-    ("grpo", "qwen3-8b", "bf16", 0.5),
-    ("grpo", "qwen2.5-0.5b@64k", "bf16", 0.0),
-    ("logprob_grad", "qwen3-8b", "bf16", 0.0),
-    ("cross_entropy", "qwen3-8b", "bf16", 0.0),
-    ("cross_entropy", "llama-3.2-1b", "bf16", 0.0),
-    ("from_logits_grad", "qwen2.5-0.5b", "bf16", 0.0),
-    ("grpo", "gemma-2-2b", "bf16", 0.0),
-    ("grpo", "qwen3-8b@64k", "bf16", 0.0),
+DOCTOR = "import sys; from rlhf_fast.cli.main import app; sys.argv[1:] = ['doctor']; app()"
+ROLLOUTS = 24
+
+# op, shape, dtype, share of zero advantages, share of masked tokens
+FIRST = [
+    ("grpo", "qwen3-8b", "bf16", 0.0, 0.0),
+    ("grpo", "qwen2.5-0.5b", "bf16", 0.0, 0.0),
 ]
-REHEARSAL = [(op, "tiny", dtype, zero) for op, _, dtype, zero in CASES[:4]] + [("nothing", "tiny", "bf16", 0.0)]
+TELLING = [
+    ("logprob", "qwen3-8b", "bf16", 0.0, 0.0),
+    ("gae", "16m", "fp32", 0.0, 0.0),
+    ("policy", "4m", "fp32", 0.0, 0.0),
+    ("grpo", "qwen3-8b", "bf16", 0.5, 0.0),
+    ("cross_entropy", "qwen3-8b", "bf16", 0.0, 0.0),
+    ("grpo", "qwen2.5-0.5b@64k", "bf16", 0.0, 0.0),
+    ("dpo", "qwen2.5-0.5b", "bf16", 0.0, 0.0),
+    ("forward_kl", "qwen2.5-0.5b", "bf16", 0.0, 0.0),
+]
+REST = [
+    ("gae", "cpu", "fp32", 0.0, 0.0),  # a million tokens
+    ("advantages", "4m", "fp32", 0.0, 0.0),
+    ("logprob_grad", "qwen3-8b", "bf16", 0.0, 0.0),
+    ("ppo", "qwen2.5-0.5b", "bf16", 0.0, 0.0),
+    ("grpo", "gemma-2-2b", "bf16", 0.0, 0.0),
+    ("cross_entropy", "llama-3.2-1b", "bf16", 0.0, 0.0),
+    ("from_logits_grad", "qwen2.5-0.5b", "bf16", 0.0, 0.0),
+    ("grpo", "qwen3-8b", "bf16", 0.9, 0.0),
+    ("grpo", "qwen2.5-0.5b", "bf16", 0.0, 0.5),
+    ("grpo", "qwen3-8b@2k", "bf16", 0.0, 0.0),
+    ("jsd", "llama-3.2-1b", "bf16", 0.0, 0.0),
+    ("whiten", "4m", "fp32", 0.0, 0.0),
+    ("group", "16m", "fp32", 0.0, 0.0),
+    ("grpo", "qwen3-8b@64k", "bf16", 0.0, 0.0),
+]
+BROKEN = ("nothing", "tiny", "bf16", 0.0, 0.0)
+SWEEP = dict(shapes=["tiny", "tiny-softcap", "small"], dtypes=["bf16", "fp32"], zero_rows=[0.5], masked=[0.0, 0.25])
+SHORT_SWEEP = dict(shapes=["tiny"], dtypes=["fp32"], zero_rows=[0.5], masked=[0.25])
 
 
 def main() -> int:
-    """Build, tests, cases, table."""
+    """Build, tests, cases, trainers, table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--no-build", action="store_true")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case, in a process of its own
+    for inner in ("--case", "--sweep", "--trainer"):  # one stage, in a process of its own
+        parser.add_argument(inner, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     device = "cpu" if args.rehearse else "cuda"
     if args.case:
-        return _one_case(args.output, device, *json.loads(args.case))
-    end = time.monotonic() + 60 * args.minutes
+        return _one_case(args.output, device, args.seconds, *json.loads(args.case))
+    if args.sweep:
+        return _sweep(args.output, device, json.loads(args.sweep))
+    if args.trainer:
+        return _trainer(args.output, device, args.trainer, args.rehearse)
+    return _visit(args.output, device, args.rehearse, 60 * args.minutes, build=not (args.no_build or args.rehearse))
+
+
+def _visit(output: Path, device: str, rehearse: bool, seconds: float, build: bool) -> int:
+    end = time.monotonic() + seconds - RESERVE
     stages: list[dict[str, Any]] = []
-    if not (args.no_build or args.rehearse):
+
+    def stage(name: str, command: list[str], limit: float) -> None:
+        patience = 6 if rehearse else 1  # a CPU that others use too
+        stages.append(_stage(name, command, output, end, patience * limit))
+
+    this = [sys.executable, str(Path(__file__).resolve()), str(output), *(["--rehearse"] if rehearse else [])]
+
+    def cases(some: list[tuple], limit: float = 70) -> None:
+        for case in some:
+            left = str(max(5.0, 0.7 * min(limit, end - time.monotonic())))
+            stage(f"case {case}", [*this, "--case", json.dumps(case), "--seconds", left], limit)
+
+    if build:
         install = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
-        stages.append(_stage("build", install, args.output, end, 150))
-    stages.append(_stage("doctor", [sys.executable, "-c", DOCTOR], args.output, end, 60))
-    cases = REHEARSAL if args.rehearse else CASES
-    this = [sys.executable, str(Path(__file__).resolve()), str(args.output), *(["--rehearse"] if args.rehearse else [])]
-    for i, case in enumerate(cases):
-        stages.append(_stage(f"case {case}", [*this, "--case", json.dumps(case)], args.output, end, 120))
-        if i == 1:  # the two rows that count most come before the tests, the others after them
-            tests = GPU_TESTS[:1] if args.rehearse else GPU_TESTS
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *(str(ROOT / t) for t in tests)]
-            stages.append(_stage("tests", command, args.output, end, 180))
-    return _finish(args.output, device, stages)
+        stage("build", install, 150)
+    stage("doctor", [sys.executable, "-c", DOCTOR], 60)
+    cases(FIRST[:1] if rehearse else FIRST, 100)
+    stage("sweep", [*this, "--sweep", json.dumps(SHORT_SWEEP if rehearse else SWEEP)], 90)
+    found = device_tests()
+    chosen = [t for t in found if "policy_op" in t] if rehearse else found
+    tests = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--no-header", "--continue-on-collection-errors"]
+    stage("tests", [*tests, "--on-device", *chosen], 120)
+    cases([BROKEN] if rehearse else TELLING)
+    for trainer in ("grpo", "dpo"):
+        stage(f"trainer {trainer}", [*this, "--trainer", trainer], 75)
+    cases([] if rehearse else REST)
+    return _finish(output, device, stages)
+
+
+def device_tests() -> list[str]:
+    """The test files that have a test which runs on the device: one that takes the fixture of that name."""
+    taking = re.compile(r"^def test\w*\([^)]*\bdevice\b", re.MULTILINE)
+    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if taking.search(path.read_text())]
 
 
 def _stage(name: str, command: list[str], output: Path, end: float, limit: float) -> dict[str, Any]:
@@ -86,7 +140,8 @@ def _stage(name: str, command: list[str], output: Path, end: float, limit: float
         log.write(f"\n==== {name}\n")
         log.flush()
         try:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # peers may stand there
+            environment = os.environ | {"PYTHONPATH": path}
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=min(limit, left)
             )
@@ -98,17 +153,54 @@ def _stage(name: str, command: list[str], output: Path, end: float, limit: float
     return {"stage": name, "status": status, "seconds": round(seconds, 1)}
 
 
-def _one_case(output: Path, device: str, op: str, shape: str, dtype: str, zero_rows: float) -> int:
+# ---- stages, each in its own process ----------------------------------------------------------------------
+
+
+def _one_case(
+    output: Path, device: str, seconds: float, op: str, shape: str, dtype: str, zero: float, out: float
+) -> int:
+    """One row of the table; an op that does not exist is the rehearsal's broken one."""
     from rlhf_fast.benchmarks import cases, suite
 
-    case = cases.Case(op, cases.parse_shape(shape), dtype, zero_rows, device)
-    providers = [name for name in suite.PROVIDERS if not (device == "cpu" and name != "rlhf_fast" and name != "torch")]
-    options = suite.Options(providers=tuple(providers), rounds=5, warmup=2, memory=device == "cuda")
-    rows = suite.run([case], options)
+    shape = "tiny" if device == "cpu" else shape
+    case = cases.Case(op, cases.parse_shape(shape, op), dtype, zero, device, out)
+    some = {"providers": ("rlhf_fast", "torch")} if device == "cpu" else {}
+    return _save(output, suite.run([case], suite.Options(seconds=seconds, budget=3.0, **some)))
+
+
+def _sweep(output: Path, device: str, options: dict[str, Any]) -> int:
+    """Every op against fp64, ours and the naive expression alone."""
+    from rlhf_fast.benchmarks import cases, suite
+
+    todo = cases.make_cases(cases.OPS, device=device, **options)
+    return _save(output, suite.run(todo, suite.Options(("rlhf_fast", "torch"), 1, warmup=1, memory=False)))
+
+
+def _save(output: Path, rows: list) -> int:
     with (output / "rows.jsonl").open("a") as file:
         for row in rows:
             file.write(json.dumps(row.asdict()) + "\n")
-    return int(any(row.status in ("failed", "wrong") for row in rows))
+    ours = [row for row in rows if row.provider.startswith("rlhf_fast") or row.provider == "all"]
+    return int(any(row.status in ("failed", "wrong") for row in ours))
+
+
+def _trainer(output: Path, device: str, name: str, rehearse: bool) -> int:
+    """A short run end to end on the device; its numbers go to trainer-NAME.json."""
+    if name == "grpo":
+        from rlhf_fast.cli.demos.grpo import demo
+
+        with tempfile.TemporaryDirectory() as folder:
+            found = demo(folder, rollouts=1 if rehearse else ROLLOUTS, quiet=True)
+    else:
+        from rlhf_fast.benchmarks import dpo_step
+
+        found = dpo_step.run(rounds=1, steps=1 if rehearse else 6, device=device)
+    (output / f"trainer-{name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    print(json.dumps(found, indent=1, default=str))
+    return 0
+
+
+# ---- the record -------------------------------------------------------------------------------------------
 
 
 def _finish(output: Path, device: str, stages: list[dict[str, Any]]) -> int:
@@ -120,17 +212,27 @@ def _finish(output: Path, device: str, stages: list[dict[str, Any]]) -> int:
     lines = (output / "rows.jsonl").read_text().splitlines() if (output / "rows.jsonl").exists() else []
     rows = [Row(**json.loads(line)) for line in lines]
     info = report.environment(device)
-    report.save(output, "visit", info, rows, {"stages": stages})
-    console = Console(width=120)
+    trainers = {path.stem: json.loads(path.read_text()) for path in output.glob("trainer-*.json")}
+    try:
+        report.save(output, "visit", info, rows, {"stages": stages, **trainers})
+    except Exception as error:  # the plot comes last, and JSON and CSV are there
+        print(f"not all of visit.* was written: {type(error).__name__}: {error}")
+    console = Console(width=140)
     console.print(report.hardware_line(info))
     for row in rows:  # short: what a terminal's last lines can hold
-        if row.provider in ("limit", "rlhf_fast") or row.status in ("wrong", "failed"):
+        best = row.ratio is not None and row.ratio < 1 and row.provider != "limit"
+        small = row.shape.startswith(("tiny", "small")) and device == "cuda"
+        if row.status in ("wrong", "failed") or not small and (row.provider in ("limit", "rlhf_fast") or best):
             ms = "" if row.ms is None else f"{row.ms:9.3f} ms {row.x_limit:6.2f} x limit {row.extra_mb or 0:8.0f} MB"
-            console.print(
-                f"{row.op:16} {row.shape:18} {row.zero_rows:3.1f} {row.provider:10} {ms} {row.status} {row.reason}"
-            )
+            console.print(f"{row.case:52} {row.provider:14} {ms} {row.status} {row.reason}")
+    for name, found in trainers.items():
+        brief = {k: v for k, v in found.items() if isinstance(v, (int, float, str))}
+        console.print(name, json.dumps(brief | found.get("rlhf_fast", {}))[:400])
+    checked = [row for row in rows if row.provider == "rlhf_fast"]
+    right = sum(row.status in ("ok", "loose") for row in checked)
     failed = [s for s in stages if s["status"] != "ok"]
-    console.print(f"{len(rows)} rows; stages not ok: {[s['stage'] for s in failed] or 'none'}")
+    console.print(f"{right} of {len(checked)} of our rows right")
+    console.print(f"stages not ok: {[s['stage'] for s in failed] or 'none'}")
     return 0 if rows else 1
 
 

@@ -1,4 +1,4 @@
-"""Every op with every provider that has it: checked against fp64, then timed by pytest-benchmark."""
+"""Every op with the providers asked for: checked against fp64, then timed by pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from rlhf_fast.benchmarks import cases, inputs
 from rlhf_fast.benchmarks.measure import synchronize
 from rlhf_fast.benchmarks.providers import PROVIDERS, Unavailable, build
 
-ROWS = [
-    (op, name, dtype)
-    for op in cases.OPS
-    for dtype in (["fp32"] if cases.on_tokens(op) else ["fp32", "bf16"])
-    for name, provider in PROVIDERS.items()
-    if op in provider.ops
-]
+ROUNDS = 10
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A row for every op, provider and dtype."""
+    chosen = metafunc.config.getoption("--providers").split(",")
+    rows = [
+        (op, name, dtype)
+        for op in cases.OPS
+        for dtype in (["fp32"] if cases.on_tokens(op) else ["fp32", "bf16"])
+        for name, provider in PROVIDERS.items()
+        if op in provider.ops and (name in chosen or chosen == ["all"])
+    ]
+    metafunc.parametrize(("op", "provider", "dtype"), rows)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,6 @@ def checked():
     return get
 
 
-@pytest.mark.parametrize(("op", "provider", "dtype"), ROWS)
 def test_op(benchmark, checked, request, op, provider, dtype):
     """One row of the table."""
     device = request.config.getoption("--device")
@@ -52,4 +58,4 @@ def test_op(benchmark, checked, request, op, provider, dtype):
         step()
         synchronize(device)
 
-    benchmark(call)
+    benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=2)

@@ -14,6 +14,17 @@ if not ON_GPU:
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For a visit to a GPU."""
+    parser.addoption("--on-device", action="store_true", help="only tests that take the `device` fixture")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a GPU changes nothing about, if asked to."""
+    if config.getoption("--on-device"):
+        items[:] = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+
+
 def pytest_report_header() -> list[str]:
     where = torch.cuda.get_device_name() if ON_GPU else "none: Triton kernels are interpreted on the CPU"
     return [f"torch {torch.__version__}, GPU: {where}"]

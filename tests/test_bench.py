@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rlhf_fast.benchmarks import cases, inputs, measure, memory, providers, report, suite
+from rlhf_fast.benchmarks import cases, context, inputs, measure, memory, providers, report, suite
 from rlhf_fast.cli.main import app
 
 QUICK = suite.Options(providers=("rlhf_fast", "torch"), rounds=1, warmup=1, memory=False)
@@ -271,6 +271,20 @@ def test_shapes_are_parsed():
             cases.parse_shape(text, "gae")
     with pytest.raises(ValueError, match="got 'nobody'"):
         cases.shapes_for("gae", ["nobody"])
+
+
+def test_the_longest_context_is_found_by_doubling_and_halving():
+    asked = []
+
+    def peak(length):
+        asked.append(length)
+        return length / 2
+
+    found = context.search(peak, limit=410, longest=4096)
+    assert asked == [128, 256, 512, 1024, 768, 896, 832]
+    assert (found["length"], found["mb"][832]) == (768, 416)
+    assert context.search(lambda length: 0.0, limit=1, longest=1024)["length"] == 1024
+    assert context.search(lambda length: 9.0, limit=1)["length"] == 0
 
 
 def _cli(*arguments):

@@ -26,11 +26,11 @@ from rlhf_fast.benchmarks.measure import median, synchronize
 
 VOCAB, WIDTH, LAYERS = 32_000, 256, 4
 PAIRS, PROMPT, ANSWER = 4, (16, 48), (16, 64)
+MAX_LENGTH = 256
 STEPS = 4
 LEARNING_RATE, BETA = 1e-4, 0.1
 Notify = Callable[[str], None]
 TRAINING: dict[str, Any] = dict(
-    per_device_train_batch_size=PAIRS,
     gradient_accumulation_steps=1,
     learning_rate=LEARNING_RATE,
     lr_scheduler_type="constant",
@@ -91,7 +91,15 @@ def run(
     return result
 
 
-def ours(folder: Path, rows: list[dict[str, str]], steps: int, seed: int, device: str) -> Steps:
+def ours(
+    folder: Path,
+    rows: list[dict[str, str]],
+    steps: int,
+    seed: int,
+    device: str,
+    pairs: int = PAIRS,
+    length: int = MAX_LENGTH,
+) -> Steps:
     """This library's DPOTrainer."""
     from transformers import TrainingArguments
 
@@ -102,27 +110,35 @@ def ours(folder: Path, rows: list[dict[str, str]], steps: int, seed: int, device
 
     tokenizer = make_tokenizer()
     trainer = DPOTrainer(
-        make_model(seed),
-        TrainingArguments(**_arguments(folder / "ours", steps, seed, device)),
+        make_model(seed, length),
+        TrainingArguments(**_arguments(folder / "ours", steps, seed, device, pairs)),
         processing_class=tokenizer,
         loss=PreferenceLoss("sigmoid", beta=BETA),
         log_entropy=True,
-        train_dataset=tokenize_pairs(Rows.from_list([dict(row) for row in rows]), tokenizer, max_length=256),
+        train_dataset=tokenize_pairs(Rows.from_list([dict(row) for row in rows]), tokenizer, max_length=length),
     )
     return _timed(trainer, device)
 
 
-def trl(folder: Path, rows: list[dict[str, str]], steps: int, seed: int, device: str) -> Steps:
+def trl(
+    folder: Path,
+    rows: list[dict[str, str]],
+    steps: int,
+    seed: int,
+    device: str,
+    pairs: int = PAIRS,
+    length: int = MAX_LENGTH,
+) -> Steps:
     """TRL's DPOTrainer, the same options under its names. ImportError when TRL is not there."""
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
-    options = _arguments(folder / "trl", steps, seed, device)
+    options = _arguments(folder / "trl", steps, seed, device, pairs)
     trainer = DPOTrainer(
-        make_model(seed),
-        make_model(seed),
-        DPOConfig(loss_type=["sigmoid"], beta=BETA, max_length=256, gradient_checkpointing=False, **options),
+        make_model(seed, length),
+        make_model(seed, length),
+        DPOConfig(loss_type=["sigmoid"], beta=BETA, max_length=length, gradient_checkpointing=False, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
     )
@@ -140,8 +156,8 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model(seed: int) -> Any:
-    """An untrained Qwen2."""
+def make_model(seed: int, length: int = MAX_LENGTH) -> Any:
+    """An untrained Qwen2 for sequences of that length."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -151,7 +167,7 @@ def make_model(seed: int) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=WIDTH // 64,
         num_key_value_heads=WIDTH // 64,
-        max_position_embeddings=512,
+        max_position_embeddings=length,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=1,
@@ -162,15 +178,16 @@ def make_model(seed: int) -> Any:
         return Qwen2ForCausalLM(config)
 
 
-def make_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Ragged pairs of random words."""
+def make_rows(count: int, seed: int, pair: int | None = None) -> list[dict[str, str]]:
+    """Ragged pairs of random words; with `pair`, all of so many tokens, PROMPT[0] of them the prompt's."""
+    prompt, answer = (PROMPT, ANSWER) if pair is None else ((PROMPT[0],) * 2, (pair - PROMPT[0],) * 2)
     rng = random.Random(seed)
 
     def words(span: tuple[int, int]) -> str:
         return " ".join(f"w{rng.randrange(2, VOCAB)}" for _ in range(rng.randint(*span)))
 
     return [
-        {"prompt": words(PROMPT), "chosen": " " + words(ANSWER), "rejected": " " + words(ANSWER)} for _ in range(count)
+        {"prompt": words(prompt), "chosen": " " + words(answer), "rejected": " " + words(answer)} for _ in range(count)
     ]
 
 
@@ -193,9 +210,10 @@ def table(result: dict[str, Any]) -> Table:
     return out
 
 
-def _arguments(folder: Path, steps: int, seed: int, device: str) -> dict[str, Any]:
+def _arguments(folder: Path, steps: int, seed: int, device: str, pairs: int) -> dict[str, Any]:
     precision = dict(use_cpu=device == "cpu", bf16=device == "cuda")
-    return TRAINING | precision | dict(output_dir=str(folder), max_steps=steps + 1, seed=seed)
+    run = dict(output_dir=str(folder), max_steps=steps + 1, seed=seed, per_device_train_batch_size=pairs)
+    return TRAINING | precision | run
 
 
 def _timed(trainer: Any, device: str) -> Steps:
@@ -210,24 +228,10 @@ def _timed(trainer: Any, device: str) -> Steps:
 
     trainer.add_callback(Clock())
     trainer.remove_callback(PrinterCallback)
-    before = _reset(device)
+    before = memory.watch(device)
     loss = trainer.train().training_loss
-    peak = None if before is None else _peak(device) - before
+    peak = memory.peak_above(before, device)
     return Steps([b - a for a, b in zip(ends, ends[1:], strict=False)], peak, loss)
-
-
-def _reset(device: str) -> int | None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        return memory.reset_peak()
-    except memory.Unmeasured:
-        return None
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else memory.peak_bytes()
 
 
 def _summary(runs: list[Steps]) -> dict[str, Any]:

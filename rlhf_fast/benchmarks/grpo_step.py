@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from rlhf_fast.benchmarks import memory
 from rlhf_fast.benchmarks.measure import median
 
 PROMPTS, GROUP, LENGTH, MINIBATCHES = 64, 8, 7, 2
@@ -32,12 +33,13 @@ Notify = Callable[[str], None]
 
 
 class Cycles(NamedTuple):
-    """Of one short run, a value per cycle: seconds, those of generation, mean reward, tokens per completion."""
+    """Of one short run, a value per cycle: seconds, those of generation, mean reward, tokens per completion; memory."""
 
     seconds: list[float]
     generation: list[float]
     reward: list[float]
     tokens: list[float]
+    peak_bytes: int | None  # beyond what model and data take
 
 
 def digits_right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -78,12 +80,12 @@ def run(rounds: int = 3, cycles: int = CYCLES, notify: Notify = lambda text: Non
     return result
 
 
-def prepare(folder: Path, cycles: int, seed: int) -> list[dict[str, str]]:
+def prepare(folder: Path, cycles: int, seed: int, prompts: int = PROMPTS) -> list[dict[str, str]]:
     """The demo's model after its SFT, under `folder`/sft; prompts and answers for the cycles."""
     from rlhf_fast.cli.demos import task
 
     task.start(folder, seed, cycles, title="grpo", quiet=True)
-    pairs = task.make_rows(PROMPTS * (cycles + 1), seed + 1)
+    pairs = task.make_rows(prompts * (cycles + 1), seed + 1)
     return [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
 
 
@@ -92,7 +94,7 @@ def ours(folder: Path, rows: list[dict[str, str]], cycles: int, seed: int) -> Cy
     from rlhf_fast.trainers.grpo import GRPOTrainer
     from rlhf_fast.trainers.grpo_config import GRPOConfig
 
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder)
     config = GRPOConfig(
         output_dir=str(folder / "ours"),
         num_generations=GROUP,
@@ -116,12 +118,13 @@ def ours(folder: Path, rows: list[dict[str, str]], cycles: int, seed: int) -> Cy
         report_to="none",
         seed=seed,
     )
-    rewards, generation = _Reward(), []
+    rewards, generation = Reward(), []
     clock = _clock()
     trainer = GRPOTrainer(model, tokenizer, rows, rewards, config, callbacks=[clock])
     trainer.sampler = _timed(trainer.sampler, generation)
+    before = memory.watch("cpu")
     trainer.train()
-    return _cycles(clock.ends, generation, rewards)
+    return _cycles(clock.ends, generation, rewards, memory.peak_above(before, "cpu"))
 
 
 def trl(folder: Path, rows: list[dict[str, str]], cycles: int, seed: int) -> Cycles:
@@ -130,7 +133,7 @@ def trl(folder: Path, rows: list[dict[str, str]], cycles: int, seed: int) -> Cyc
     from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = _load(folder)
+    model, tokenizer = load(folder)
     tokenizer.padding_side = "left"
     args = GRPOConfig(
         output_dir=str(folder / "trl"),
@@ -159,16 +162,17 @@ def trl(folder: Path, rows: list[dict[str, str]], cycles: int, seed: int) -> Cyc
         report_to="none",
         seed=seed,
     )
-    rewards, generation = _Reward(), []
+    rewards, generation = Reward(), []
     clock = _clock()
     trainer = GRPOTrainer(model, rewards, args, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     trainer._generate = _timed(trainer._generate, generation)
+    before = memory.watch("cpu")
     trainer.train()
-    return _cycles(clock.ends, generation, rewards)
+    return _cycles(clock.ends, generation, rewards, memory.peak_above(before, "cpu"))
 
 
-class _Reward:
+class Reward:
     """`digits_right`, remembering what it saw."""
 
     __name__ = "digits_right"
@@ -186,7 +190,8 @@ class _Reward:
         return values
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def load(folder: Path) -> tuple[Any, Any]:
+    """The demo's model and tokenizer, from `prepare`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(folder / "sft"), AutoTokenizer.from_pretrained(folder / "sft")
@@ -217,22 +222,24 @@ def _timed(fn: Callable, seconds: list[float]) -> Callable:
     return call
 
 
-def _cycles(ends: list[float], generation: list[float], rewards: _Reward) -> Cycles:
+def _cycles(ends: list[float], generation: list[float], rewards: Reward, peak: int | None) -> Cycles:
     marks = ends[MINIBATCHES - 1 :: MINIBATCHES]
     seconds = [b - a for a, b in zip(marks, marks[1:], strict=False)]
     if not len(generation) == len(rewards.means) == len(seconds) + 1:
         raise RuntimeError(f"{len(seconds) + 1} cycles, but {len(generation)} rollouts, {len(rewards.means)} scored")
-    return Cycles(seconds, generation[1:], rewards.means, rewards.tokens)
+    return Cycles(seconds, generation[1:], rewards.means, rewards.tokens, peak)
 
 
 def _summary(runs: list[Cycles]) -> dict[str, Any]:
     cycle = median([s for run in runs for s in run.seconds])
     generation = median([s for run in runs for s in run.generation])
+    peaks = [run.peak_bytes / 1e6 for run in runs if run.peak_bytes is not None]
     return {
         "step_seconds": cycle / MINIBATCHES,
         "cycle_seconds": cycle,
         "generation_seconds": generation,
         "update_seconds": median([s - g for run in runs for s, g in zip(run.seconds, run.generation, strict=True)]),
+        "extra_mb": median(peaks) if peaks else None,
         "tokens_per_completion": [sum(column) / len(runs) for column in zip(*(r.tokens for r in runs), strict=True)],
         "reward": [sum(column) / len(runs) for column in zip(*(r.reward for r in runs), strict=True)],
         "cycles": [run.seconds for run in runs],
@@ -242,16 +249,17 @@ def _summary(runs: list[Cycles]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Table:
     """Seconds by part, and the ratio."""
     out = Table(title="GRPO step, the demo's model: 64 prompts x 8, 7 tokens, 2 optimiser steps", title_justify="left")
-    for name in ("trainer", "s / step", "generation s", "rest s", "tokens", "reward, first to last"):
+    for name in ("trainer", "s / step", "generation s", "rest s", "peak MB", "tokens", "reward, first to last"):
         out.add_column(name, justify="left" if name == "trainer" else "right")
     for name in ("rlhf_fast", "trl"):
         row = result[name]
         if "skipped" in row:
-            out.add_row(name, "", "", "", "", f"skipped: {row['skipped']}", style="dim")
+            out.add_row(name, "", "", "", "", "", f"skipped: {row['skipped']}", style="dim")
             continue
         numbers = (f"{row[key]:.4f}" for key in ("step_seconds", "generation_seconds", "update_seconds"))
+        extra = "" if row["extra_mb"] is None else f"{row['extra_mb']:.0f}"
         tokens = sum(row["tokens_per_completion"]) / len(row["tokens_per_completion"])
-        out.add_row(name, *numbers, f"{tokens:.2f}", f"{row['reward'][0]:.3f} to {row['reward'][-1]:.3f}")
+        out.add_row(name, *numbers, extra, f"{tokens:.2f}", f"{row['reward'][0]:.3f} to {row['reward'][-1]:.3f}")
     if "ratio" in result:
         out.caption = f"ours / TRL's: {result['ratio']:.2f}"
     return out

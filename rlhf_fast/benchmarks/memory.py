@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.benchmarks.cases import Case, Shape, parse_shape
@@ -58,6 +59,24 @@ def reset_peak() -> int:
 def peak_bytes() -> int:
     """The high-water mark since `reset_peak`."""
     return _status("VmHWM")
+
+
+def watch(device: str) -> int | None:
+    """What is in use now, as the peak is reset; None where it cannot be read."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        return reset_peak()
+    except Unmeasured:
+        return None
+
+
+def peak_above(before: int | None, device: str) -> int | None:
+    """The peak since `watch`, beyond what it returned."""
+    if before is None:
+        return None
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()) - before
 
 
 def in_fresh_process(provider: str, case: Case) -> Extra:

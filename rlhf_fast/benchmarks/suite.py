@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -83,6 +84,7 @@ class Options:
     """How a run is done.
 
     `budget`: seconds that a provider may take for its rounds of a case; the slow get fewer, the slowest one call.
+    `seconds`: of a case, after which no further provider is begun.
     `memory` False leaves the column empty; `fresh` takes a process a provider on the CPU, for the first call's too.
     """
 
@@ -92,6 +94,7 @@ class Options:
     memory: bool = True
     fresh: bool = False
     budget: float = 10.0
+    seconds: float = math.inf
     seed: int = 0
 
 
@@ -101,6 +104,7 @@ Notify = Callable[[str], None]
 def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -> list[Row]:
     """All rows of one case, the limit first."""
     notify(f"{case.label}: inputs and fp64 answer")
+    end = time.perf_counter() + options.seconds
     x = make_inputs(case, options.seed)
     truth = answer(case, x)
     naive = _naive_error(case, x, truth)
@@ -112,6 +116,9 @@ def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -
         notify(f"{case.label}: {name}, checked")
         row = _row(case, name)
         rows.append(row)
+        if time.perf_counter() > end:
+            row.status, row.reason = "skipped", f"not begun within {options.seconds:.0f} s"
+            continue
         step = _checked(provider, case, x, truth, naive, row, options.warmup)
         if step is not None:
             steps[name] = step
