@@ -45,8 +45,8 @@ $(VENV)/.torch: | $(VENV)/.created
 	touch $@
 
 # One rule for every set of extras.
-$(VENV)/.installed-%: $(SOURCES) | $(VENV)/.torch
-	$(PIP) --editable ".[$*]"
+$(VENV)/.installed-%: $(SOURCES) constraints.txt | $(VENV)/.torch
+	$(PIP) --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 # Sources of the integrations' hosts. Their wheels are named as for one Python and platform (one of them exists for no

@@ -192,11 +192,6 @@ def test_check_packing_passes(family, dtype):
     [
         ("Bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "BloomModel takes no position_ids"),
         ("Lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "Lfm2Model has conv layers"),
-        (
-            "Falcon",
-            dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
-            "FalconModel .* ap",
-        ),
     ],
 )
 def test_check_packing_refuses(family, options, message):
