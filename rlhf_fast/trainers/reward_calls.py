@@ -32,7 +32,7 @@ def call_all(calls: Sequence[Call], rows: int, timeout: float | None = None) -> 
             continue
         try:
             results[i] = _call(function, kwargs, timeout)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function that exits would end the run as if it were done
             raise _error(name, function, kwargs, rows, timeout, error) from error
     if pending is not None:
         names = ", ".join(repr(calls[i][0]) for i in together)
@@ -40,6 +40,8 @@ def call_all(calls: Sequence[Call], rows: int, timeout: float | None = None) -> 
             results |= zip(together, pending.result(None if timeout is None else timeout + GRACE), strict=True)
         except TimeoutError:
             raise RewardError(f"of the reward functions {names} one blocks the others for {timeout} seconds") from None
+        except SystemExit as error:
+            raise RewardError(f"of the reward functions {names} one raised SystemExit: {error}") from error
     for i, result in results.items():
         if isinstance(result, Exception):
             name, function, kwargs = calls[i]
@@ -110,6 +112,6 @@ def _guilty_row(
     for row in range(rows):
         try:
             _call(function, {key: value[row : row + 1] for key, value in kwargs.items()}, timeout)
-        except Exception:  # noqa: PERF203
+        except (Exception, SystemExit):  # noqa: PERF203
             return row
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,13 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.brakes import Brakes
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.models.hf_utils import load_model, load_tokenizer, ready_tokenizer, vocabulary_size
+from rlhf_fast.trainers.models.hf_utils import (
+    check_window,
+    load_model,
+    load_tokenizer,
+    ready_tokenizer,
+    vocabulary_size,
+)
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
@@ -43,6 +50,7 @@ class RLTrainer:
     """
 
     reference: Reference | None = None
+    data: dict[str, int] | None = None  # what became of the rows, for the summary
 
     def __init__(
         self,
@@ -248,7 +256,7 @@ class RLTrainer:
 
     def finish(self, **values: Any) -> dict[str, Any]:
         """The best model where it was asked for, a last evaluation, the files; returns what `summary.json` holds."""
-        values |= self.brakes.finish(self.loop)
+        values |= self.brakes.finish(self.loop) | ({"data": self.data} if self.data else {})
         if self.can_evaluate:
             values |= self.evaluate()
         return self.loop.finish(**values)
@@ -280,7 +288,9 @@ def run_rl(
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
     rewards = load_rewards(config, tokenizer)
-    prompts, evaluation = load_prompts(config, tokenizer)
+    prompts, evaluation, stats = load_prompts(config, tokenizer)
     model = load_model(config, tokenizer)
+    check_window(model, stats.longest + config.max_completion_length, "the longest prompt with its completion")
     trainer = trainer_class(model, tokenizer, prompts, rewards, config, eval_dataset=evaluation, callbacks=callbacks)
+    trainer.data = dataclasses.asdict(stats)
     return trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from rlhf_fast.trainers.data.dataset_info import load_rows
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import (
+    DataStats,
     Prompt,
     check_prompt_vocabulary,
     check_vocabulary,
@@ -30,7 +33,9 @@ def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> 
     if not isinstance(rows[0], Prompt):
         rows = rows if isinstance(rows, Rows) else Rows.from_list(map(dict, rows))
         limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-        prompts, _ = tokenize_prompts(rows, tokenizer, **limits)
+        prompts, stats = tokenize_prompts(rows, tokenizer, **limits)
+        if stats.dropped_overlong_prompt or stats.truncated_prompts:
+            warnings.warn(f"prompts: {stats}", stacklevel=4)
     check_prompt_vocabulary(prompts, vocabulary)
     return prompts
 
@@ -42,13 +47,20 @@ def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [p.columns.get(name) for p in rows] for name in names}
 
 
-def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None]:
-    """(to train on, to evaluate on) of a run's configuration."""
-    limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
-    prompts = tokenize_prompts(load_rows(config, "dataset"), tokenizer, **limits)[0]
+def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None, DataStats]:
+    """(to train on, to evaluate on, what became of the rows) of a run's configuration."""
+
+    def load(key: str) -> tuple[list[Prompt], DataStats]:
+        limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
+        prompts, stats = tokenize_prompts(load_rows(config, key), tokenizer, **limits)
+        if not config.disable_tqdm:
+            print(f"{key}: {stats}", file=sys.stderr)  # for people, off the output of programs
+        return prompts, stats
+
+    prompts, stats = load("dataset")
     if config.eval_dataset:
-        return prompts, tokenize_prompts(load_rows(config, "eval_dataset"), tokenizer, **limits)[0]
-    return held_out(prompts, config)
+        return prompts, load("eval_dataset")[0], stats
+    return *held_out(prompts, config), stats
 
 
 def held_out(prompts: list[Prompt], config: RLConfig) -> tuple[list[Prompt], list[Prompt] | None]:

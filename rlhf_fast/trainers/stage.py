@@ -22,7 +22,7 @@ from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
-from rlhf_fast.trainers.models.hf_utils import load_tokenizer, resume_path, vocabulary_size
+from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, resume_path, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
@@ -54,6 +54,7 @@ def run_stage(
     for dataset, rows in (train, evaluation):
         if dataset is not None:
             check_vocabulary(dataset, vocabulary_size(model), rows, tokenizer)
+            check_window(model, dataset.stats.longest, "the longest row")
     if config.packing:
         check_packing(model)
     use_cache = model.config.use_cache

@@ -174,6 +174,18 @@ def vocabulary_size(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
+def check_window(model: nn.Module, longest: int, what: str) -> None:
+    """Warn when sequences are longer than the model's window; ValueError where positions are looked up in a table."""
+    window = getattr(model.config, "max_position_embeddings", None)
+    if window is None or longest <= window:
+        return
+    text = f"{what} has {longest} tokens, the model's window is {window} (max_position_embeddings): set cutoff_len"
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    if any(table.num_embeddings in (window, window + 2) for table in tables):  # OPT's table has two rows more
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=2)
+
+
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest complete `checkpoint-N`; incomplete ones (a kill in mid-save) are skipped with a warning."""
     found = []

@@ -1,0 +1,195 @@
+"""`rlhf-fast train` in every stage on inputs that cannot be trained on: exit code 2, one line with what and where."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+import yaml
+from stage_cases import folders, run_options, tiny_config
+from test_cli import invoke
+
+from rlhf_fast.cli.demos.task import make_tokenizer
+
+ROWS = {
+    "sft": {"prompt": "25>", "completion": "25"},
+    "rm": {"prompt": "25>", "chosen": "25", "rejected": "2"},
+    "dpo": {"prompt": "25>", "chosen": "25", "rejected": "2"},
+    "kto": {"prompt": "25>", "completion": "25", "label": True},
+    "grpo": {"prompt": "25>", "answer": "25"},
+    "ppo": {"prompt": "25>", "answer": "25"},
+}
+ROLLOUTS = ("grpo", "ppo")
+LONG = "1" * 99 + ">"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(stage, rows or bytes, *overrides) -> what the command line gave."""
+    folders(tmp_path, [])
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def call(stage, rows, *overrides):
+        data = rows if isinstance(rows, bytes) else "".join(json.dumps(r) + "\n" for r in rows).encode()
+        (tmp_path / "train.jsonl").write_bytes(data)
+        values = run_options(tmp_path, max_steps=1, stage=stage)
+        if stage in ROLLOUTS:
+            values |= dict(
+                reward_funcs="rlhf_fast.trainers.rewards:exact_match", max_completion_length=4, cutoff_len=32
+            )
+        if stage == "grpo":
+            values |= dict(num_generations=2)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+        return invoke("train", tmp_path / "run.yaml", *overrides)
+
+    call.folder = tmp_path
+    return call
+
+
+def refused(result, *words: str) -> None:
+    """One line, the words in it, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_data_is_refused_before_the_model_loads(run, stage, monkeypatch):
+    def too_early(*_, **__):
+        raise AssertionError("the model is being loaded")
+
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", too_early)
+    row = ROWS[stage]
+    good, line = json.dumps(row).encode() + b"\n", "train.jsonl, line 2: "
+    refused(run(stage, b""), "the dataset is empty: no row in ", "train.jsonl")
+    refused(run(stage, good + b"{"), line, "not valid JSON")
+    refused(run(stage, good + b'{"prompt": "\xff"}\n'), line, "not UTF-8 text")
+    refused(run(stage, good + b'{"prompt": "1", "prompt": "2"}'), line, "'prompt' is given twice")
+    refused(run(stage, good + b"[1, 2]"), line, "expected an object")
+    refused(run(stage, [row, {"x": 1}]), line, "its columns are x")
+    refused(run(stage, [row, {**row, "prompt": 3}]), line, "prompt must be a string, got 3 (int)")
+    nulls = {key: None for key in row}
+    refused(run(stage, [row, {**row, **nulls}]), line, "(null)")
+    refused(run(stage, [{**row, "prompt": LONG}], "cutoff_len=32"), " is left", "1 dropped (overlong prompt)")
+    refused(run(stage, [row, {**row, "prompt": LONG}], "cutoff_len=32", "overlong_prompt=error"), line, "100 tokens")
+    refused(run(stage, [row], "overlong_prompt=keep"), "overlong_prompt must be one of drop, truncate, error")
+    refused(run(stage, [row], "learning_rate=.nan"), "learning_rate must be at least 0 and finite, got nan")
+    refused(run(stage, [row], "seed=-1"), "seed must be in [0, 2^32), got -1")
+    assert "is being loaded" in str(run(stage, [row]).exception)  # the rows by themselves are good
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_long_prompts_are_counted(run, stage):
+    row = ROWS[stage]
+    rows = [row, {**row, "prompt": "7>"}] * 2 + [{**row, "prompt": LONG}]
+    for policy, name in (("drop", "dropped_overlong_prompt"), ("truncate", "truncated_prompts")):
+        result = run(stage, rows, "cutoff_len=32", f"overlong_prompt={policy}")
+        assert result.exit_code == 0, result.output
+        data = json.loads((run.folder / "out" / "summary.json").read_text())["data"]
+        assert (data["rows"], data[name]) == (5, 1)
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_ids_beyond_the_embedding_are_named(run, stage):
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(tiny_config(vocab_size=8)).save_pretrained(run.folder / "model")
+    rows = [{**ROWS[stage], "prompt": "1>"}, {**ROWS[stage], "prompt": "9>"}]
+    refused(run(stage, rows), "train.jsonl, line ", "is outside the model's vocabulary 0..7")
+
+
+@pytest.mark.parametrize(("stage", "pad"), [*zip(ROWS, ["none", "eos"] * 3, strict=True)])
+def test_tokenizers_without_padding_or_with_eos_for_it(run, stage, pad):
+    """The same losses as with a padding token of its own."""
+    losses = []
+    for changed in (False, True):
+        tokenizer = make_tokenizer()
+        if changed:
+            tokenizer.pad_token = None if pad == "none" else tokenizer.eos_token
+        tokenizer.save_pretrained(run.folder / "model")
+        rows = [ROWS[stage], {**ROWS[stage], "prompt": "7>"}] * 4
+        result = run(stage, rows)
+        assert result.exit_code == 0, result.output
+        log = (run.folder / "out" / "trainer_log.jsonl").read_text().splitlines()
+        losses.append({k: v for k, v in json.loads(log[0]).items() if k in ("loss", "grad_norm", "reward")})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6, nan_ok=True)
+    assert all(map(math.isfinite, losses[0].values()))
+
+
+def test_windows(run):
+    """Positions that are computed are worth a warning, those from a table an error."""
+    torch.manual_seed(0)
+    rows = [{**ROWS["sft"], "prompt": "1" * 70 + ">"}] * 4
+    with pytest.warns(UserWarning, match="the longest row has 74 tokens, the model's window is 64"):
+        assert run("sft", rows).exit_code == 0
+    sizes = dict(vocab_size=15, n_positions=64, n_embd=8, n_layer=1, n_head=1, eos_token_id=2, bos_token_id=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(run.folder / "model")
+    refused(run("sft", rows), "the longest row has 74 tokens, the model's window is 64", "set cutoff_len")
+    refused(run("grpo", rows, "cutoff_len=99"), "the longest prompt with its completion has 75 tokens")
+
+
+REWARDS = """
+import math, time
+def raises(completions, **_):
+    return [1 / 0 for c in completions]
+def hangs(completions, **_):
+    time.sleep(20)
+async def waits(completions, **_):
+    import asyncio
+    await asyncio.sleep(20)
+def short(completions, **_):
+    return [1.0]
+def words(completions, **_):
+    return ["good"] * len(completions)
+def nested(completions, **_):
+    return [[[1.0]]] * len(completions)
+def exits(completions, **_):
+    raise SystemExit("no")
+async def leaves(completions, **_):
+    raise SystemExit(0)
+def nothing(completions, **_):
+    return None
+constant = 3
+"""
+COMPLAINTS = {
+    "raises": ("'raises' raised ZeroDivisionError in row 0",),
+    "hangs": ("'hangs' took longer than reward_timeout=0.3 s",),
+    "waits": ("'waits' took longer than reward_timeout=0.3 s",),
+    "short": ("'short' must return 4 rewards, got 1; row 1 is the first without one",),
+    "words": ("'words' must return numbers or None, got 'good' (str) in row 0",),
+    "nested": ("'nested', row 0: a step is (index of its last token, reward)",),
+    "exits": ("'exits' raised SystemExit",),
+    "leaves": ("'leaves' one raised SystemExit",),
+    "nothing": ("'nothing' must return a list of 4 numbers, got NoneType",),
+    "constant": ("reward function 'hostile_rewards:constant' is not callable but int",),
+    "gone": ("hostile_rewards has no 'gone'",),
+}
+
+
+@pytest.mark.parametrize("stage", ROLLOUTS)
+def test_reward_functions_that_fail_are_named_and_no_step_is_made(run, stage):
+    (run.folder / "hostile_rewards.py").write_text(REWARDS)
+    sys.modules.pop("hostile_rewards", None)
+    for name, words in COMPLAINTS.items():
+        start = time.perf_counter()
+        options = [f"reward_funcs=hostile_rewards:{name}", "reward_timeout=0.3", "per_device_train_batch_size=4"]
+        refused(run(stage, [ROWS[stage]] * 4, *options, *["ppo_buffer_size=1"] * (stage == "ppo")), *words)
+        assert time.perf_counter() - start < 10
+        log = run.folder / "out" / "trainer_log.jsonl"
+        assert not log.exists() or not log.read_text()
+        assert not (run.folder / "out" / "model.safetensors").exists()
+
+
+def test_a_rollout_server_that_is_gone(run):
+    options = ["sampler=server", "rollout_server_url=http://127.0.0.1:9", "rollout_server_attempts=2"]
+    refused(run("grpo", [ROWS["grpo"]] * 4, *options), "http://127.0.0.1:9/v1/models: no usable answer in 2 attempts")
