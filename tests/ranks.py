@@ -7,6 +7,10 @@ every check that it did not reach.
 import importlib
 import json
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -88,3 +92,54 @@ def assert_passed(name: str, ranks: list[dict]) -> None:
         if name not in o or o[name]["error"]
     ]
     assert not errors, "\n".join(errors)
+
+
+def exact_norms() -> None:
+    """transformers' RMSNorm rounds to fp32 even in an fp64 model, which turns a last bit into 1e-8; here it does not."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    modeling_qwen2.Qwen2RMSNorm.forward = forward
+
+
+def fsdp2_on_the_cpu() -> None:
+    """accelerate switches FSDP2 on for accelerators only; torch's runs on the CPU as well. For this process."""
+    import accelerate.state
+    from accelerate.utils import DistributedType
+
+    wrap = dict(FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    os.environ |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true") | wrap
+    plain = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    accelerate.state.AcceleratorState.__init__ = init
+
+
+def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 300) -> None:
+    """Start `ranks` processes of a script in the environment that torchrun gives; fail with what they wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
+    common |= dict(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE=str(ranks))
+    command = [sys.executable, script, *map(str, arguments)]
+    where = dict(cwd=Path(script).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = [
+        subprocess.Popen(command, env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), **where) for r in range(ranks)
+    ]
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=timeout)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in running:
+            process.kill()

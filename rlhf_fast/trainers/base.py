@@ -26,6 +26,7 @@ from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
 from rlhf_fast.trainers.run_log import peak_memory_mb
+from rlhf_fast.trainers.sharding import exact_precision
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -64,6 +65,7 @@ class FusedTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
+        exact_precision(self.accelerator)
         self.model_accepts_loss_kwargs = True
         self.disable_dropout = disable_dropout
         self.parameter_groups: list[dict[str, Any]] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.trainers.experience import IGNORE, MicroBatch, MiniBatch
 from rlhf_fast.trainers.models.policy import Reference
+from rlhf_fast.trainers.sharding import autocast
 
 
 def logprob_of(model: nn.Module, micro: MicroBatch, temperature: float, *, entropy: bool = False) -> Any:
@@ -25,7 +26,7 @@ def logprob_of(model: nn.Module, micro: MicroBatch, temperature: float, *, entro
 def with_reference(
     minibatch: MiniBatch, reference: Reference, temperature: float, accelerator: Accelerator
 ) -> MiniBatch:
-    with reference.active() as model, accelerator.autocast():
+    with reference.active() as model, autocast(accelerator, model):
         micros = [m._replace(ref_logprob=logprob_of(model, m, temperature).logprob) for m in minibatch.micros]
     return minibatch._replace(micros=micros)
 

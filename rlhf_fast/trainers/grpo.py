@@ -155,11 +155,16 @@ class GRPOTrainer(RLTrainer):
 
     def minibatches(self, experience: Experience) -> list[MiniBatch]:
         """The rollout's groups in random minibatches, without the sequences that cannot have a gradient."""
-        config = self.config
         sizes = torch.unique_consecutive(experience.groups, return_counts=True)[1].tolist()
         groups = torch.arange(len(experience.groups), device=experience.ids.device).split(sizes)
         order = torch.cat([groups[g] for g in torch.randperm(len(groups), generator=self.shuffle).tolist()])
         built = [self._minibatch(experience, rows) for rows in order.chunk(self.minibatches_per_rollout)]
+        with self.whole_weights():
+            return self._known_beforehand(experience, built)
+
+    def _known_beforehand(self, experience: Experience, built: list[MiniBatch]) -> list[MiniBatch]:
+        """With what the loss needs of the reference and of the policy as it is now."""
+        config = self.config
         temperature = config.temperature
         if self.reference is not None:
             built = [with_reference(b, self.reference, temperature, self.accelerator) for b in built]
@@ -183,6 +188,7 @@ class GRPOTrainer(RLTrainer):
             experience = experience._replace(trained=torch.zeros_like(experience.trained))
         limits = dict(count=config.per_device_train_batch_size, tokens=config.max_tokens_per_micro_batch)
         micros = self.layout.micro_batches(experience, rows[live], self.tokenizer.pad_token_id, **limits)
+        micros = self.loop.even(micros, lambda m: m._replace(target_ids=torch.full_like(m.target_ids, IGNORE)))
         return MiniBatch(micros, max(sequences, 1), max(tokens, 1), max(live_tokens, 1))
 
     # ---- update

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -43,8 +43,8 @@ from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import resume_path, save_model
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
+from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, shard, whole
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 POLICY = "policy"  # the role of the model that a run is about
 REDRAW_SECONDS = 60.0  # curves of a run in progress
 
@@ -80,11 +80,12 @@ class Loop:
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[timeout])
-        if self.accelerator.distributed_type not in SUPPORTED:
-            kind = self.accelerator.distributed_type.value
-            raise ValueError(f"stage {config.stage!r} runs on one process or under DDP, got {kind}")
+        check_launch(self.accelerator, config.stage)
         self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
         modules = {POLICY: model, **(others or {})}
+        if self.sharded:  # before the optimiser, which then knows the shards
+            exact_precision(self.accelerator)
+            modules = {role: shard(self.accelerator, module) for role, module in modules.items()}
         self.parameters = {role: [p for p in m.parameters() if p.requires_grad] for role, m in modules.items()}
         for role, parameters in self.parameters.items():
             if not parameters:
@@ -97,8 +98,11 @@ class Loop:
             eps=config.adam_epsilon,
             fused=True,  # one pass over the parameters, on the CPU as well
         )
-        *prepared, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
-        self.models = dict(zip(modules, prepared, strict=True))
+        if self.sharded:
+            self.models, self.optimizer = modules, self.accelerator.prepare_optimizer(optimizer)
+        else:
+            *prepared, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
+            self.models = dict(zip(modules, prepared, strict=True))
         self.model = self.models[POLICY]
         self.state = TrainerState(is_world_process_zero=self.main, is_local_process_zero=self.main)
         self.control = TrainerControl()
@@ -116,6 +120,11 @@ class Loop:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over the processes (FSDP2)."""
+        return self.accelerator.is_fsdp2
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -195,7 +204,7 @@ class Loop:
         for k, micro in enumerate(micro_batches):
             last = k + 1 == len(micro_batches)
             with ExitStack() as stack:
-                for model in () if last else self.models.values():
+                for model in () if last or self.sharded else self.models.values():  # shards take each sum at once
                     stack.enter_context(self.accelerator.no_sync(model))
                 self.accelerator.backward(or_broken(loss_of(micro), processes))
         if micro_batches:
@@ -211,6 +220,14 @@ class Loop:
         self.record({"learning_rate": self.optimizer.param_groups[0]["lr"]})
         self.pass_updates(1)
 
+    def even(self, micro_batches: list[Any], idle: Callable[[Any], Any]) -> list[Any]:
+        """The micro-batches, and where weights are sharded as many as any process has: `idle` empties a copy of one."""
+        if not self.sharded:
+            return micro_batches
+        count = torch.tensor([len(micro_batches)], device=self.accelerator.device)
+        more = int(self.accelerator.gather(count).max()) - len(micro_batches)
+        return [*micro_batches, *(idle(micro_batches[-1]) for _ in range(more))]
+
     def pass_updates(self, count: int) -> None:
         """Let the schedule go on by `count` updates: those just made, or those left out."""
         with warnings.catch_warnings():
@@ -225,7 +242,7 @@ class Loop:
         for role, parameters in self.parameters.items():
             if all(p.grad is None for p in parameters):
                 continue
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             self.record({"grad_norm" if role == POLICY else f"grad_norm_{role}": norm})
             finite = finite and bool(torch.isfinite(norm))
         return finite
@@ -298,11 +315,12 @@ class Loop:
 
     def save_model(self, folder: str | os.PathLike) -> None:
         """Model in safetensors with its configs and tokenizer; the other roles in folders of their own."""
+        states = {role: full_state(self.accelerator, model) for role, model in self.models.items()}
         if self.main:
-            save_model(self.unwrapped, folder, self.processing_class)
-            for role, model in self.models.items():
-                if role != POLICY:
-                    self.accelerator.unwrap_model(model).save_pretrained(Path(folder) / role)
+            save_model(self.unwrapped, folder, self.processing_class, state=states.pop(POLICY))
+            for role, state in states.items():
+                options = {} if state is None else {"state_dict": state}
+                self.accelerator.unwrap_model(self.models[role]).save_pretrained(Path(folder) / role, **options)
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self) -> None:
@@ -314,7 +332,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.save_model(part)
         if self.main:
-            if not self.config.save_only_model:
+            if not (self.config.save_only_model or self.sharded):  # shards of the optimiser are on every process
                 torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
                 torch.save(self.scheduler.state_dict(), part / "scheduler.pt")
             self.state.save_to_json(str(part / "trainer_state.json"))

@@ -207,7 +207,8 @@ class PPOTrainer(RLTrainer):
         loop = self.loop
         with loop.timed("forward"):
             sequences = join(prompts, rollout, scores.isfinite())
-            experience = self.roles.ask(sequences)
+            with self.whole_weights():
+                experience = self.roles.ask(sequences)
             experience, metrics = self.advantages(sequences, experience, scores.to(sequences.ids.device))
         metrics["kl_coef"] = self.kl.value
         with loop.timed("update"):
@@ -286,6 +287,7 @@ class PPOTrainer(RLTrainer):
         if counts["tokens"] and not len(live):
             live = rows[:1]  # another process has something: DDP needs a backward here too, of weight 0
         micros = [grid for grid, _ in self.roles.grids(sequences, live, self.config.per_device_train_batch_size)]
+        micros = self.loop.even(micros, Grid.idle)
         sums: dict[str, Tensor] = {}
 
         def loss_of(grid: Grid) -> Tensor:

@@ -66,6 +66,10 @@ class Grid(NamedTuple):
         """(n,): places in the flattened grid that predict a trained token."""
         return (self.target_ids.flatten() != IGNORE).nonzero()[:, 0]
 
+    def idle(self) -> Grid:
+        """The same grid with nothing to train on."""
+        return self._replace(target_ids=torch.full_like(self.target_ids, IGNORE), slots=self.slots[:0])
+
     def spread(self, values: Tensor | None) -> Tensor | None:
         """(N,) -> the grid, 0 where nothing is trained."""
         if values is None:

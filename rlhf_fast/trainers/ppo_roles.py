@@ -11,6 +11,7 @@ from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.ppo_config import PPOConfig
 from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, cut, lay_out
 from rlhf_fast.trainers.rollout.samplers import evaluating
+from rlhf_fast.trainers.sharding import autocast
 
 
 class Roles:
@@ -63,7 +64,7 @@ class Roles:
 
     def reference_logprob(self, grid: Grid) -> Tensor:
         """(b, T): log-probabilities under the reference."""
-        with self.reference.active() as model, self.accelerator.autocast():
+        with self.reference.active() as model, autocast(self.accelerator, model):
             return model(**grid.inputs, target_ids=grid.target_ids, temperature=self.config.temperature).logprob
 
     @torch.no_grad()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -30,6 +32,7 @@ from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
+from rlhf_fast.trainers.sharding import gathered, shard
 from rlhf_fast.trainers.stepwise import as_queries
 
 
@@ -82,6 +85,8 @@ class RLTrainer:
         self.brakes = Brakes(config)
         self.loop = self.make_loop(fuse_lm_head(model), [*self.brakes.callbacks(self), *callbacks])
         self.model, self.accelerator = self.loop.model, self.loop.accelerator
+        if self.loop.sharded:
+            self._shard_reference()
         for part in (self.reference, *self.reward_functions()):
             if hasattr(part, "to"):
                 part.to(self.accelerator.device)
@@ -97,6 +102,18 @@ class RLTrainer:
 
     def prepare_model(self, model: nn.Module) -> None:
         """What has to happen to the model before its head is fused, such as taking a reference."""
+
+    def _shard_reference(self) -> None:
+        """A copy is sharded as the policy is; adapters off are the policy itself."""
+        if self.config.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end is not supported under FSDP2")
+        if self.reference is not None and not self.reference.adapters_off:
+            self.reference.model = shard(self.accelerator, self.reference.model)
+
+    def whole_weights(self) -> AbstractContextManager:
+        """For forwards without a gradient: inside the block nothing is sharded, and none waits for other processes."""
+        reference = () if self.reference is None else (self.reference.model,)
+        return gathered(*dict.fromkeys((*self.loop.models.values(), *reference)))
 
     def make_loop(self, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Loop:
         return Loop(model, self.tokenizer, self.config, callbacks, self.config.max_skipped_steps)
@@ -125,9 +142,9 @@ class RLTrainer:
         """`group_size` completions of each prompt; an environment sees the prompts' columns."""
         sampler = sampler or self.sampler
         ids = [p.ids for p in prompts]
-        if not isinstance(sampler, MultiTurnSampler):
-            return sampler(ids, group_size)
-        return sampler(ids, group_size, columns=columns_of(prompts))
+        columns = {"columns": columns_of(prompts)} if isinstance(sampler, MultiTurnSampler) else {}
+        with gathered(self.model):
+            return sampler(ids, group_size, **columns)
 
     def generate(self, queries: Sequence[str | Sequence[int]], group_size: int = 1) -> Rollout:
         """Completions of prompts, texts or token ids, with what the sampler recorded: for `step`."""
@@ -226,7 +243,8 @@ class RLTrainer:
                 every = gather_object([{name: column[: len(mine)] for name, column in found.items()}])
                 metrics = {name: finite_mean(torch.tensor([x for part in every for x in part[name]])) for name in found}
             if self.perplexity is not None:
-                metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
+                with gathered(self.model):
+                    metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
         return metrics
 
     def _evaluation_rows(self, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
@@ -283,6 +301,7 @@ def run_rl(
 ) -> dict[str, Any]:
     """Train as the configuration says; returns what `summary.json` holds."""
     config.check_paths()
+    disable_fsdp_ram_efficient_loading()  # reward models and critics are whole on every process
     for specs in (config.reward_funcs, config.eval_reward_funcs):  # before anything is loaded
         make_rewards(specs, None, None)
     set_seed(config.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_fast.trainers.config import RunConfig, find_model
 from rlhf_fast.trainers.config_types import names
@@ -127,9 +127,14 @@ def _from_pretrained(key: str, name: str, auto_class: str, **options: Any) -> nn
         raise ValueError(f"{key}: no model could be loaded from {name}: {_first_line(error)}") from error
 
 
-def save_model(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> None:
-    """Model or adapter in safetensors, with its generation config and tokenizer beside."""
-    model.save_pretrained(folder)
+def save_model(
+    model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, *, state: dict[str, Tensor] | None = None
+) -> None:
+    """Model or adapter in safetensors, with its generation config and tokenizer beside.
+
+    `state` holds the weights where the model does not (sharded).
+    """
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(model, "peft_config"):  # an adapter is saved without it
         generation.save_pretrained(folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
+from rlhf_fast.trainers.sharding import whole
 
 
 class Reference:
@@ -60,7 +61,8 @@ class Reference:
         for name, kept in self.model.named_parameters():
             if name not in current or current[name].shape != kept.shape:
                 raise ValueError(f"the reference cannot follow the policy: it has no {name} of shape {(*kept.shape,)}")
-            kept.lerp_(current[name].to(kept.device, kept.dtype), alpha)
+            new = current[name] if hasattr(kept, "full_tensor") else whole(current[name])
+            kept.lerp_(new.to(kept.device, kept.dtype), alpha)
         self.moved = True
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""Models whose weights are spread over the processes: FSDP2, as `accelerate launch --use_fsdp` asks for it.
+
+accelerate shards one model with its optimiser; here the policy, PPO's critic and the reference are sharded one by one
+by its function, and the optimiser is made over the shards. A sharded model gathers weights in every forward, so all
+processes must make as many: while sampling, and in other forwards without a gradient, they hold the whole weights
+instead (`gathered`), and minibatches have as many micro-batches on every process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def check_launch(accelerator: Accelerator, stage: str) -> None:
+    """Raise ValueError when the stage's loop cannot run as the launcher says."""
+    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    if kind not in SUPPORTED and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"stage {stage!r} runs on one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
+            f"--fsdp_version 2), got {kind.value}; sft, rm, dpo and kto run under whatever transformers' Trainer does"
+        )
+    if not accelerator.is_fsdp2:
+        return
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            f"fsdp_cpu_ram_efficient_loading must be false in stage {stage!r}: reference, critic and reward models are "
+            "loaded by every process"
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError("fsdp_activation_checkpointing must be false: gradient_checkpointing: true does the same")
+
+
+def exact_precision(accelerator: Accelerator) -> None:
+    """Under FSDP2 half precision is for weights and what they compute: advantages, log-probabilities and losses pass in
+    and out as they are, and gradients are summed in fp32. (accelerate's own policy rounds all of them.)"""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if accelerator.is_fsdp2 and policy is not None and policy.param_dtype is not None:
+        exact = dict(reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
+        plugin.mixed_precision_policy = dataclasses.replace(policy, **exact)
+
+
+def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model sharded in place. One without a transformer, such as a value head, is replicated instead."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    if not hasattr(model, "get_input_embeddings"):
+        device = accelerator.device
+        return DistributedDataParallel(model.to(device), device_ids=None if device.type == "cpu" else [device])
+    model = fsdp2_prepare_model(accelerator, model)
+    model.set_reshard_after_forward(False, recurse=False)  # the root's few weights; torch's own choice for it
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """Inside the block every process holds the whole weights: forwards, as many as it likes, are its own.
+
+    For forwards without a gradient. Models that are not sharded are left alone.
+    """
+    roots = [model for model in models if is_sharded(model)]
+    modules = [module for root in roots for module in root.modules() if is_sharded(module)]
+    groups = [group for module in modules for group in _groups(module)]
+    kept = [group.post_forward_mesh_info for group in groups]
+    for root in roots:
+        root._get_fsdp_state()._lazy_init()
+        root.set_reshard_after_forward(False)
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+        for group, info in zip(groups, kept, strict=True):
+            group.post_forward_mesh_info = info
+
+
+def _groups(module: Any) -> list[Any]:
+    """The parameter groups that a module gathers; torch before 2.13 has one at most."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def autocast(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager:
+    """What a forward of a model that was not prepared runs under, to compute as the prepared ones do."""
+    return nullcontext() if is_sharded(model) else accelerator.autocast()
+
+
+def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
+    """A sharded model's whole weights on the first process, in their own dtype; None: the model holds them itself.
+
+    Every process calls it.
+    """
+    return accelerator.get_state_dict(model) if is_sharded(model) else None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, on every process; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,84 @@
+"""GRPO and PPO on any number of processes: `python rl_ranks.py OUT STEPS [fsdp2]` in torchrun's environment.
+
+A step is the same 16 completions of 8 prompts, whoever holds them, in micro-batches of 4: one process has 4, four have
+one each. Some completions have no usable score, in one step all of the last process's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from grpo_cases import PROMPTS
+from grpo_cases import config as grpo_config
+from grpo_cases import tiny as tiny_model
+from ppo_cases import config as ppo_config
+from ranks import exact_norms, fsdp2_on_the_cpu
+
+from rlhf_fast.cli.demos.task import make_tokenizer
+from rlhf_fast.trainers.grpo import GRPOTrainer
+from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.sharding import full_state
+
+ROWS, GROUP, MICRO = 16, 2, 4
+
+
+def rollout(step: int) -> tuple[list[list[int]], list[float]]:
+    """Ragged completions (15 ids, 2 is EOS) and their scores."""
+    g = random.Random(step)
+    responses = [[g.randrange(3, 15) for _ in range(g.randrange(5))] + [2] for _ in range(ROWS)]
+    scores = [g.choice([0.0, 1.0, g.uniform(-2, 2)]) for _ in range(ROWS)]
+    dead = range(ROWS - ROWS // 4, ROWS) if step % 5 == 1 else [g.randrange(ROWS)]
+    return responses, [math.nan if row in dead else score for row, score in enumerate(scores)]
+
+
+def trainers(folder: Path, ranks: int):
+    """(name, trainer): every statistic that could be a process's own is asked for."""
+    sizes = dict(max_steps=40, learning_rate=3e-3, weight_decay=0.1, use_cpu=True, gradient_accumulation_steps=1)
+    common = sizes | dict(per_device_train_batch_size=MICRO, gradient_accumulation_steps=ROWS // MICRO // ranks)
+    own = dict(num_generations=GROUP, num_iterations=2, steps_per_generation=None, scale_rewards="batch", beta=0.1)
+    options = grpo_config(folder / "grpo", **common | own | dict(loss_type="dapo", share_prompts=False))
+    yield "grpo", GRPOTrainer(tiny_model().double(), make_tokenizer(), config=options)
+    own = dict(ppo_epochs=2, ppo_buffer_size=1, ppo_score_norm=True, kl_coef=0.2, ppo_target=0.1)
+    options = ppo_config(folder / "ppo", **common | own)
+    yield "ppo", PPOTrainer(tiny_model().double(), make_tokenizer(), config=options)
+    own = dict(ppo_epochs=2, ppo_buffer_size=1, critic="shared", ppo_whiten_rewards=True)
+    own |= dict(kl_in="loss", entropy_coef=0.01)
+    options = ppo_config(folder / "shared", **common | own)
+    yield "ppo, shared critic", PPOTrainer(tiny_model().double(), make_tokenizer(), config=options)
+
+
+def results(folder: Path, steps: int) -> dict[str, dict]:
+    """Weights after the steps and every step's metrics, by trainer."""
+    out, rank, ranks = {}, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    queries = [prompt for prompt in PROMPTS for _ in range(GROUP)]
+    for name, trainer in trainers(folder, ranks):
+        metrics = []
+        for step in range(steps):
+            responses, scores = rollout(step)
+            scores = torch.tensor(scores, dtype=torch.float64)[mine]
+            metrics.append(trainer.step(queries[mine], responses[mine], scores))
+        weights = {}
+        for role, model in trainer.loop.models.items():
+            whole = full_state(trainer.accelerator, model)
+            whole = trainer.accelerator.unwrap_model(model).state_dict() if whole is None else whole
+            weights |= {f"{role}.{key}": value.clone() for key, value in whole.items()}
+        out[name] = {"weights": weights, "metrics": metrics}
+    return out
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    exact_norms()
+    if sys.argv[3:] == ["fsdp2"]:
+        fsdp2_on_the_cpu()
+    found = results(Path(sys.argv[1]), int(sys.argv[2]))
+    if os.environ["RANK"] == "0":
+        torch.save(found, Path(sys.argv[1]) / "results.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
