@@ -95,7 +95,7 @@ def assert_passed(name: str, ranks: list[dict]) -> None:
 
 
 def exact_norms() -> None:
-    """transformers' RMSNorm rounds to fp32 even in an fp64 model, which turns a last bit into 1e-8; here it does not."""
+    """transformers' RMSNorm rounds to fp32 even in an fp64 model, and a last bit becomes 1e-8; here it does not."""
     from transformers.models.qwen2 import modeling_qwen2
 
     def forward(self, x):
