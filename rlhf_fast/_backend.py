@@ -18,6 +18,7 @@ import torch  # first: `_C` then finds torch's OpenMP runtime already loaded and
 from torch import Tensor
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
+HEAD_ROADS = ("tiles", "epilogue")
 
 # For each family of ops: the backends it has on each device, best first. torch is always there.
 _ROWS = {"cpu": ("cpp", "torch", "triton"), "cuda": ("triton", "torch")}
@@ -102,6 +103,14 @@ def requested_backend() -> str | None:
     name = getattr(_override, "name", None) or os.environ.get("RLHF_FAST_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"RLHF_FAST_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def head_road() -> str:
+    """How a head's forward is computed on a GPU, from RLHF_FAST_HEAD: "tiles" (the default) or "epilogue"."""
+    name = os.environ.get("RLHF_FAST_HEAD") or HEAD_ROADS[0]
+    if name not in HEAD_ROADS:
+        raise ValueError(f"RLHF_FAST_HEAD must be one of {', '.join(HEAD_ROADS)}, got {name!r}")
     return name
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = "0"  # before triton decorates anything
 
 import triton
-from rlhf_fast.kernels import divergence, policy, row_pass
+from rlhf_fast.kernels import divergence, head_stats, policy, row_pass
 from rlhf_fast.kernels._common import EXACT, next_pow2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 TARGETS = (80, 90, 100)
 ALIGNED = (("tt.divisibility", 16),)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+UNITS = ("HGMMA", "UTCHMMA", "UTMALDG", "HMMA")  # wgmma, tcgen05's mma, a TMA load, mma.sync
 NARROW_TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -40,6 +41,7 @@ class Config(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     aligned: frozenset[str]  # arguments known to be multiples of 16
+    num_stages: int | None = None
 
 
 class Report(NamedTuple):
@@ -51,6 +53,7 @@ class Report(NamedTuple):
     load_bytes: int  # widest global load and store, as in the machine code
     store_bytes: int
     wide_events: str  # 16-byte loads L, 16-byte stores S, barriers B, exponentials M, in the order of the code
+    units: dict[str, int]  # how often each of UNITS stands in the code
 
 
 def _config(name, kernel, types, constants, num_warps, ragged=()) -> Config:
@@ -129,8 +132,8 @@ def _fill(types: dict, constants: dict, optional: dict[str, tuple[str, bool]]) -
             constants[name] = None
 
 
-def configs() -> list[Config]:
-    """The configurations that matter: every dtype and every option at least once, the hot ones as shipped."""
+def configs(sm: int) -> list[Config]:
+    """The configurations that matter: every dtype and every option at least once, the hot ones as shipped for `sm`."""
     out = []
     for z in ("fp32", "bf16"):
         out += _stats(z, 151936)
@@ -147,7 +150,7 @@ def configs() -> list[Config]:
     out += _dlogits("fp32", "fp32") + _dlogits("bf16", "bf16") + _dlogits("fp16", "fp16", order=False)
     out += _dlogits("fp32", "bf16", softcap=True, bias=True)
     out += _dlogits("fp32", "bf16", narrow=True, ragged=True)
-    return out + _divergence() + _policy()
+    return out + _divergence() + _policy() + (_head_stats(sm) if sm >= 90 else [])
 
 
 def _divergence() -> list[Config]:
@@ -187,6 +190,26 @@ def _divergence() -> list[Config]:
     return out
 
 
+def _head_stats(sm: int) -> list[Config]:
+    own = head_stats.config_for(sm)
+    out = []
+    for z, options in (("bf16", ()), ("bf16", ("H",)), ("bf16", ("H", "cap", "bias")), ("fp16", ("H",))):
+        entropy, cap, bias = ("H" in options), ("cap" in options), ("bias" in options)
+        types = {"hidden": f"tensordesc<{z}[{own.block_n},{own.block_d}]>", "pre": "fp32", "target_ptr": "*i64"}
+        types |= {"weight": f"tensordesc<{z}[{own.block_v},{own.block_d}]>", "part_ptr": "*fp32", "picked_ptr": "*fp32"}
+        types |= dict.fromkeys(("n", "v", "d", "blocks_n", "blocks_v", "tiles", "programs", "group"), "i32")
+        constants: dict[str, Any] = {"BLOCK_N": own.block_n, "BLOCK_V": own.block_v, "BLOCK_D": own.block_d}
+        constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy}
+        _fill(types, constants, {"bias_ptr": ("*fp32", bias), "post": ("fp32", cap)})
+        label = " ".join(["head_stats", z, *options])
+        config = _config(label, head_stats.head_stats_kernel, types, constants, own.warps)
+        out.append(config._replace(num_stages=own.stages))
+    vectors = ("part_ptr", "picked_ptr", "logprob_ptr", "max_ptr", "logsum_ptr", "entropy_ptr")
+    types = {"target_ptr": "*i64"} | dict.fromkeys(vectors, "*fp32") | dict.fromkeys(("n", "v", "blocks_v"), "i32")
+    constants = {"ROWS": head_stats.COMBINE_ROWS, "TILES": head_stats.COMBINE_TILES, "HAS_ENTROPY": True}
+    return [*out, _config("head_combine H", head_stats.head_combine_kernel, types, constants, 4)]
+
+
 def _policy() -> list[Config]:
     vectors = ("logprob_ptr", "old_ptr", "adv_ptr", "weight_ptr", "policy_weight_ptr", "ref_ptr")
     vectors += ("entropy_ptr", "entropy_weight_ptr", "dentropy_ptr")
@@ -222,12 +245,15 @@ def compile_config(config: Config, sm: int) -> Report:
     attrs = {(names.index(a),): [list(ALIGNED[0])] for a in config.aligned}
     source = ASTSource(fn, signature, dict(config.constants), attrs)
     options = {"num_warps": config.num_warps, **EXACT}
+    if config.num_stages is not None:
+        options["num_stages"] = config.num_stages
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = resource_usage(file.name)
-        events, widest = memory_events(file.name)
+        sass = _cuobjdump("-sass", file.name)
+    events, widest = memory_events(sass)
     return Report(
         config.name,
         sm,
@@ -237,6 +263,7 @@ def compile_config(config: Config, sm: int) -> Report:
         widest["LDG"],
         widest["STG"],
         events,
+        {unit: len(re.findall(rf"\b{unit}\b", sass)) for unit in UNITS},
     )
 
 
@@ -257,10 +284,10 @@ _INSTRUCTION = re.compile(r"\b(LDG|STG|BAR|MUFU)\.([\w.]+)")
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
-def memory_events(cubin: str) -> tuple[str, dict[str, int]]:
+def memory_events(sass: str) -> tuple[str, dict[str, int]]:
     """`Report.wide_events`, and the widest LDG and STG in bytes."""
     events, widest = [], {"LDG": 0, "STG": 0}
-    for name, suffix in _INSTRUCTION.findall(_cuobjdump("-sass", cubin)):
+    for name, suffix in _INSTRUCTION.findall(sass):
         if name in widest:
             size = max((_BYTES.get(part, 0) for part in suffix.split(".")), default=0) or 4
             widest[name] = max(widest[name], size)
@@ -320,6 +347,9 @@ def dry_launches() -> list[str]:
         forms |= {**stats, "ref_max": f, "ref_sum": f, "ref_kl": f}
         divergence.row_divergence(z, z, None, bias, kind=0, **forms, own_kl=None)
         divergence.divergence_dlogits(z, z, None, bias, kind=2, **forms, own_kl=f, grad=f, out=narrow, ref_out=None)
+        config, half = head_stats.config_for(90), torch.zeros(4, 64, dtype=torch.bfloat16)
+        outputs = {**stats, "logprob": f, "entropy": f, "config": config, "programs": 2}
+        head_stats.head_stats(half, torch.zeros_like(half), target, None, **plain, **outputs)
         policy.policy_clip_fwd(x, None, x, x, clip_low=0.2, clip_high=0.2)
         terms = {"delta": 2.0, "dual_clip": 3.0, "beta": 0.1, "kl_correction": True, "entropy_coef": 0.1}
         policy.policy_clip_fwd(*[x] * 8, clip_low=0.2, clip_high=0.2, **terms)
@@ -329,19 +359,19 @@ def dry_launches() -> list[str]:
 
 
 HOT = ("row_stats fp32 V=151936 H", "row_dlogits fp32->bf16 in place H order", "policy_clip everything k3")
-HOT += ("row_divergence fp32->bf16 jsd in place", "divergence_dlogits fp32->bf16 jsd in place")
+HOT += ("head_stats bf16 H", "row_divergence fp32->bf16 jsd in place", "divergence_dlogits fp32->bf16 jsd in place")
 
 
 def plan(arguments: list[str]) -> list[tuple[Config, int]]:
     """What to compile: everything for the given targets (all three by default); --quick: sm_90, and HOT for others."""
     targets = [int(a) for a in arguments if a.isdigit()] or list(TARGETS)
-    every = [(c, sm) for sm in targets for c in configs()]
+    every = [(c, sm) for sm in targets for c in configs(sm)]
     return [(c, sm) for c, sm in every if sm == 90 or c.name in HOT] if "--quick" in arguments else every
 
 
 def compile_named(name: str, sm: int, **changes: Any) -> Report:
     """The configuration of that name: a kernel cannot be sent to another process."""
-    config = next(c for c in configs() if c.name == name)
+    config = next(c for c in configs(sm) if c.name == name)
     return compile_config(config._replace(**changes), sm)
 
 

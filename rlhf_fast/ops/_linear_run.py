@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
+from rlhf_fast.ops import _epilogue
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._kept import Kept, kept_rows
 from rlhf_fast.ops._rows import RowStats, Transform, row_token_stats, stat_dtype
@@ -89,7 +90,14 @@ def forward(
     held = kept_rows(count, *sizes, call.memory_budget) if keep else 0
     rest = count - held
     with torch.autocast(hidden.device.type, enabled=False):
-        if rest:
+        if rest and not token_stats and inputs.lora_a is None and _epilogue.applies(hidden, weight):
+            step = min(rest, _epilogue.rows_per_launch(weight.shape[0], hidden.device, call.memory_budget))
+            for start in range(0, rest, step):
+                stop = min(start + step, rest)
+                rows = slice(start, stop) if live is None else live[start:stop]
+                args = (hidden[rows], *inputs[1:3], target[rows].long(), call.tf)
+                out.write(rows, _epilogue.stats(*args, entropy=entropy))
+        elif rest:
             step = tile_rows(rest, *sizes, call.chunk_size, call.memory_budget)
             head = _head(inputs, call, step, Wanted(False, False, False))
             for start in range(0, rest, step):

@@ -1,0 +1,181 @@
+"""The forward without a tile of logits, through the interpreter, against fp64 and against the tiles.
+
+fp16 only: the interpreter multiplies the bit patterns of bf16 matrices. `test_triton_aot.py` compiles both.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_fast import _backend, fused_linear_loss, linear_logprob, reference
+from rlhf_fast.ops import _epilogue
+from rlhf_fast.ops._rows import Transform
+
+head_stats = pytest.importorskip("rlhf_fast.kernels.head_stats", reason="triton is not installed")
+
+SMALL = head_stats.Config(16, 32, 16, 4, 2)
+FORMS = {
+    "plain": dict(),
+    "all": dict(bias=True, logit_scale=0.9, softcap=5.0, temperature=0.8),
+}
+
+
+@pytest.fixture(autouse=True)
+def road(monkeypatch):
+    """The epilogue road, with blocks that small matrices fill more than once."""
+    monkeypatch.setenv("RLHF_FAST_HEAD", "epilogue")
+    monkeypatch.setenv("RLHF_FAST_BACKEND", "triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(head_stats, "CONFIGS", {90: SMALL})
+
+
+def make(n, d, v, device, *, bias=False, width=None):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, width or d, generator=g).half()[:, :d]
+    weight = (3 * torch.randn(v, d, generator=g) / d**0.5).half()
+    target = torch.randint(0, v, (n,), generator=g)
+    own = torch.randn(v, generator=g).half() if bias else None
+    return [x if x is None else x.to(device) for x in (hidden, weight, target, own)]
+
+
+def check(got, hidden, weight, target, bias, **form):
+    """Every output to fp32's rounding of sums of this size."""
+    wide = [x if x is None else x.double() for x in (hidden, weight, bias)]
+    want = reference.linear_logprob(wide[0], wide[1], target, bias=wide[2], **form)
+    for ours, truth in zip(got, want, strict=True):
+        assert (ours is None) == (truth is None)
+        if ours is not None:
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_against_fp64(form, entropy, device):
+    """Rows, columns and depth are multiples of no block; targets stand at the edges of blocks and of the vocabulary."""
+    form = dict(form)
+    hidden, weight, target, bias = make(37, 40, 301, device, bias=form.pop("bias", False))
+    target[:6] = torch.tensor([0, 31, 32, 299, 300, -100], device=device)
+    options = dict(form, entropy=entropy)
+    with torch.no_grad():
+        got = linear_logprob(hidden, weight, target, bias=bias, **options)
+    check(got, hidden, weight, target, bias, **options)
+    assert got.logprob[5] == got.lse[5] == 0
+
+
+def test_no_tile_is_made(device, monkeypatch):
+    """With the switch off the same call makes its logits."""
+    from rlhf_fast.ops import _linear_run
+
+    def refuse(*_):
+        raise AssertionError("a tile")
+
+    monkeypatch.setattr(_linear_run, "_head", refuse)
+    hidden, weight, target, _ = make(5, 16, 50, device)
+    with torch.no_grad():
+        linear_logprob(hidden, weight, target)
+        monkeypatch.setenv("RLHF_FAST_HEAD", "tiles")
+        with pytest.raises(AssertionError, match="a tile"):
+            linear_logprob(hidden, weight, target)
+
+
+def test_launches_of_some_rows_each_are_one_launch(device, monkeypatch):
+    hidden, weight, target, _ = make(37, 40, 301, device)
+    monkeypatch.setenv("RLHF_FAST_HEAD", "epilogue")
+    row = head_stats.partial_bytes(301, head_stats.config_for(90))
+    with torch.no_grad():
+        whole = linear_logprob(hidden, weight, target, entropy=True)
+        parts = linear_logprob(hidden, weight, target, entropy=True, memory_budget=16 * row)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 500])
+def test_bits_depend_neither_on_programs_nor_on_groups(programs, device, monkeypatch):
+    hidden, weight, target, _ = make(70, 24, 200, device)
+    config = head_stats.config_for(90)
+    results = []
+    for count, group_bytes in ((2, 16 << 20), (programs, 1), (programs, 2 * config.block_n * 24 * 2)):
+        monkeypatch.setattr(head_stats, "GROUP_BYTES", group_bytes)
+        out = torch.full((4, 70), torch.nan, device=device)
+        names = dict(zip(("logprob", "row_max", "log_sum", "entropy"), out, strict=True))
+        form = Transform()._asdict()
+        head_stats.head_stats(hidden, weight, target, None, **form, **names, config=config, programs=count)
+        results.append(out)
+    assert not results[0].isnan().any()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_extremes(device):
+    """A target that takes everything has log-probability 0, never above; NaN and infinity stay in their row."""
+    hidden, weight, target, _ = make(20, 16, 100, device)
+    hidden[3] = 200 * weight[7]
+    target[3] = int((hidden[3].float() @ weight.float().T).argmax())
+    hidden[4] = torch.nan
+    hidden[5, 0], weight[9, 0] = torch.inf, 1.0
+    with torch.no_grad():
+        got = linear_logprob(hidden, weight, target, entropy=True)
+    fine = torch.ones(20, dtype=torch.bool, device=device)
+    fine[4:6] = False
+    check([x[fine] for x in got], hidden[fine], weight, target[fine], None, entropy=True)
+    assert got.logprob[3] == 0
+    assert got.logprob[4:6].isnan().all()
+
+
+def test_target_beyond_the_vocabulary_is_nan_not_what_memory_held(device):
+    hidden, weight, target, _ = make(4, 16, 50, device)
+    target[0], target[1], target[2] = 50, 10**6, -1
+    out = _epilogue.stats(hidden, weight, None, target, Transform(), entropy=False)
+    assert out.logprob[:2].isnan().all()
+    assert out.logprob[2] == out.row_max[2] == out.log_sum[2] == 0
+    assert out.logprob[3].isfinite()
+
+
+def test_rows_that_tma_could_not_read_are_copied(device):
+    hidden, weight, target, _ = make(9, 16, 50, device, width=19)
+    assert hidden.stride(0) == 19
+    with torch.no_grad():
+        check(linear_logprob(hidden, weight, target), hidden, weight, target, None)
+
+
+def test_what_cannot_take_this_road_takes_the_tiles(device):
+    hidden, weight, target, _ = make(9, 12, 50, device)  # rows of 24 bytes
+    assert not _epilogue.applies(hidden, weight)
+    with torch.no_grad():
+        check(linear_logprob(hidden, weight, target), hidden, weight, target, None)
+    hidden, weight, *_ = make(9, 16, 50, device)
+    assert _epilogue.applies(hidden, weight)
+    assert not _epilogue.applies(hidden.float(), weight.float())
+
+
+def test_a_backward_follows(device):
+    """The forward's statistics serve the tiles of the backward."""
+    hidden, weight, target, _ = make(40, 16, 60, device)
+    hidden.requires_grad_(), weight.requires_grad_()
+    options = dict(chunk_size=16, token_stats=False)
+    grads = []
+    for on in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RLHF_FAST_HEAD", "epilogue" if on else "tiles")
+            out = linear_logprob(hidden, weight, target, entropy=True, **options)
+            grads.append(torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), (hidden, weight)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_misspelt_road_is_an_error(device, monkeypatch):
+    monkeypatch.setenv("RLHF_FAST_HEAD", "epilog")
+    hidden, weight, target, _ = make(4, 16, 50, device)
+    with pytest.raises(ValueError, match=r"RLHF_FAST_HEAD must be one of tiles, epilogue, got 'epilog'"):
+        linear_logprob(hidden, weight, target)
+    assert _backend.HEAD_ROADS[0] == "tiles"
+
+
+def test_fused_loss_keeps_its_tiles(device):
+    """Its gradient needs them."""
+    hidden, weight, target, _ = make(9, 16, 50, device)
+    hidden.requires_grad_()
+    out = fused_linear_loss(hidden, weight, target, lambda lp, h, b: -lp.sum())
+    want = -reference.linear_logprob(hidden.double(), weight.double(), target).logprob.sum()
+    torch.testing.assert_close(out.loss.double(), want, rtol=1e-4, atol=1e-3)
