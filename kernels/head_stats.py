@@ -2,21 +2,19 @@
 
     z = hidden @ weight.T (fp32 accumulators);  s, m, L, logprob, entropy as in row_pass
 
-One program per multiprocessor walks over tiles of (BLOCK_N rows, BLOCK_V columns). Of a tile it leaves, for each row, the
-maximum, the sum of exponentials and their first moment, (3, tiles of columns, n) in all; whoever holds a row's target
-leaves its logit too. A second, small launch joins the tiles of a row in the order of the columns. So a row's bits depend
-neither on how many rows or multiprocessors there are, nor on who came first.
+One program per multiprocessor walks over tiles of (BLOCK_N rows, BLOCK_V columns). Of a tile it leaves, for each row,
+the maximum, the sum of exponentials and their first moment, (3, tiles of columns, n) in all; whoever holds a row's
+target leaves its logit too. A second, small launch joins the tiles of a row in the order of the columns. So the bits of
+a row depend neither on how many rows or multiprocessors there are, nor on who came first.
 
 Order of the tiles. `group` blocks of rows are taken together and swept over the whole vocabulary, rows fastest. A tile
 of the head is then read from DRAM once per group and comes from the L2 for the other rows, and the group's hidden
-states stay there (GROUP_BYTES, a third of an H100's 50 MB). Bytes from DRAM: V D i (N / group rows) + N D i, and 24 bytes
-per row and tile of columns for the partial results: at (8192, 4096, 151936) in bf16 5.0 + 0.07 + 0.12 GB, at
-(8192, 896, 151936) 0.27 + 0.01 + 0.12 GB, where a tile of fp32 logits costs 5.0 GB to write and 5.0 GB to read.
+states stay there (GROUP_BYTES, a third of an H100's 50 MB). What that comes to is in docs/kernels.md.
 
 Operands come by TMA, with descriptors made on the host: no workspace, nothing that a CUDA graph could not replay. What
 lies past an edge reads as 0. A descriptor wants rows that start on 16 bytes. sm_80 has no TMA and is not served.
 
-The epilogue looks at one half of the columns at a time: looking at all of them at once, ptxas keeps several values per
+The epilogue looks at a quarter of the columns at a time: looking at all of them at once, ptxas keeps several values per
 element alive beside the 128 accumulators of a thread, and spills. The loop over tiles is flattened, so that the next
 tile's first loads are on their way during the epilogue; the epilogue's arithmetic itself is not overlapped.
 """
@@ -109,13 +107,41 @@ def _join(b_max, b_sum, b_dot, b_max2, b_sum2, b_dot2):
     return b_all, b_alpha * b_sum + b_alpha2 * b_sum2, b_dot
 
 
+@triton.jit
+def _halves(b_z):
+    """The left and the right columns; of accumulators, every thread has as many of either."""
+    return tl.split(tl.permute(tl.reshape(b_z, (b_z.shape[0], 2, b_z.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _half(
+    b_z,
+    lo,
+    b_column,
+    bias_ptr,
+    v,
+    pre,
+    post,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    W: tl.constexpr = b_z.shape[1] // 2
+    b_left, b_right = _halves(b_z)
+    form = (bias_ptr, v, pre, post)
+    b_max, b_sum, b_dot, b_hit = _columns(b_left, lo, b_column, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+    b_max2, b_sum2, b_dot2, b_hit2 = _columns(b_right, lo + W, b_column - W, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+    b_max, b_sum, b_dot = _join(b_max, b_sum, b_dot, b_max2, b_sum2, b_dot2)
+    return b_max, b_sum, b_dot, b_hit + b_hit2
+
+
 @triton.heuristics(
     {
         "HAS_BIAS": lambda args: args["bias_ptr"] is not None,
         "HAS_SOFTCAP": lambda args: args["post"] is not None,
     }
 )
-@triton.jit(do_not_specialize=["n", "blocks_n", "tiles", "programs", "group"])
+@triton.jit(do_not_specialize=["n", "blocks_n", "blocks_v", "tiles", "programs", "group"])
 def head_stats_kernel(
     hidden,  # descriptor of (n, D), blocks (BLOCK_N, BLOCK_D)
     weight,  # descriptor of (V, D), blocks (BLOCK_V, BLOCK_D)
@@ -140,7 +166,6 @@ def head_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    HALF: tl.constexpr = BLOCK_V // 2
     steps = tl.cdiv(d, BLOCK_D)
     for i_tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
         i_n, i_v = _place(i_tile, blocks_n, blocks_v, group)
@@ -154,11 +179,11 @@ def head_stats_kernel(
         m_n = o_n < n
         lo = i_v * BLOCK_V
         b_column = (tl.load(target_ptr + o_n, mask=m_n, other=-1) - lo).to(tl.int32)
-        b_left, b_right = tl.split(tl.permute(tl.reshape(b_z, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        b_left, b_right = _halves(b_z)
         form = (bias_ptr, v, pre, post)
-        b_max, b_sum, b_dot, b_hit = _columns(b_left, lo, b_column, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
-        b_max2, b_sum2, b_dot2, b_hit2 = _columns(
-            b_right, lo + HALF, b_column - HALF, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
+        b_max, b_sum, b_dot, b_hit = _half(b_left, lo, b_column, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+        b_max2, b_sum2, b_dot2, b_hit2 = _half(
+            b_right, lo + BLOCK_V // 2, b_column - BLOCK_V // 2, *form, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
         )
         b_max, b_sum, b_dot = _join(b_max, b_sum, b_dot, b_max2, b_sum2, b_dot2)
         p_part = part_ptr + i_v.to(tl.int64) * n + o_n
