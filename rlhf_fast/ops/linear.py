@@ -61,7 +61,7 @@ def linear_logprob(
         lora: (a (r, D), b (V, r), scaling): the head is weight + scaling * b @ a, which is never formed; nor is a
             gradient of weight's size when weight is frozen. a and b are differentiable, in the dtype of `weight`.
         chunk_size: rows of one tile of logits. None: from `memory_budget`.
-        memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 1 GiB on a GPU. On the CPU this is also
+        memory_budget: bytes of one tile of logits. None: 128 MiB on the CPU, 896 MiB on a GPU. On the CPU this is also
             what a call keeps of its logits until its backward (None: 256 MiB), which then recomputes only the other
             rows: three products for the rows that are kept, four for the others. With `chunk_size`, `lora` or
             `token_stats`, without gradients and under torch.compile nothing is kept.

@@ -12,7 +12,7 @@ from torch import Tensor
 import rlhf_fast
 from rlhf_fast.benchmarks.cases import BETA, CLIP, ENTROPY_COEF, GAMMA, GROUP, KL_COEF, LAM, LENGTH, Case
 from rlhf_fast.benchmarks.inputs import Inputs, grpo_objective
-from rlhf_fast.benchmarks.providers.base import Builder, Provider, Step, head_ops, logits_ops, scalar
+from rlhf_fast.benchmarks.providers.base import Builder, Provider, Step, Unavailable, head_ops, logits_ops, scalar
 from rlhf_fast.benchmarks.token_inputs import TokenInputs
 from rlhf_fast.losses import PolicyLoss, PreferenceLoss
 from rlhf_fast.losses.pairs import pair_segments
@@ -21,17 +21,17 @@ OURS = "rlhf_fast"
 
 
 @contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    """RLHF_FAST_BACKEND rather than `use_backend`: autograd's own threads see it too."""
-    before = os.environ.pop("RLHF_FAST_BACKEND", None)
-    if name is not None:
-        os.environ["RLHF_FAST_BACKEND"] = name
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable rather than `use_backend`: autograd's own threads see it too. None: not set."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop("RLHF_FAST_BACKEND", None)
+        os.environ.pop(name, None)
         if before is not None:
-            os.environ["RLHF_FAST_BACKEND"] = before
+            os.environ[name] = before
 
 
 def _on(backend: str | None, builder: Builder) -> Builder:
@@ -39,7 +39,27 @@ def _on(backend: str | None, builder: Builder) -> Builder:
         inner = builder(case, x)
 
         def step() -> dict[str, Tensor]:
-            with _backend(backend):
+            with _environment("RLHF_FAST_BACKEND", backend):
+                return inner()
+
+        return step
+
+    return build_on
+
+
+def _epilogue(builder: Builder) -> Builder:
+    """The forward without a tile of logits, where it can be had."""
+
+    def build_on(case: Case, x: Inputs) -> Step:
+        from rlhf_fast.ops import _epilogue
+
+        inner = builder(case, x)
+        with _environment("RLHF_FAST_HEAD", "epilogue"):
+            if not _epilogue.applies(x.hidden, x.weight):
+                raise Unavailable("needs bf16 or fp16, rows of whole 16 bytes, and a GPU of sm_90 or later")
+
+        def step() -> dict[str, Tensor]:
+            with _environment("RLHF_FAST_HEAD", "epilogue"):
                 return inner()
 
         return step
@@ -183,10 +203,17 @@ def _all(backend: str | None) -> dict[str, Builder]:
     return {name: _on(backend, builder) for name, builder in ops.items()}
 
 
+_HEAD = head_ops(_logprob)
+
 PROVIDERS = [
     Provider(OURS, "this library, as installed", _all(None)),
     Provider(f"{OURS}-torch", "this library, its torch fallbacks", _all("torch")),
     Provider(f"{OURS}-loss_fn", "this library, the loss as a user's plain torch function", {"grpo": _grpo_loss_fn}),
+    Provider(
+        f"{OURS}-epilogue",
+        "this library, RLHF_FAST_HEAD=epilogue: no tile of logits in the forward",
+        {name: _epilogue(_HEAD[name]) for name in ("logprob", "logprob_grad")},
+    ),
     Provider(f"{OURS}-apart", "this library, one call a step", {"advantages": _advantages_apart}),
     Provider(f"{OURS}-ids", "this library, groups by id", {"group": _group_by_ids}),
 ]
