@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
+from rlhf_fast.trainers.checkpoint import resume_path, seal
 from rlhf_fast.trainers.config import make_config, run
 from rlhf_fast.trainers.models.critic import critic_of_policy
 from rlhf_fast.trainers.models.hf_utils import (
@@ -32,7 +33,6 @@ from rlhf_fast.trainers.models.hf_utils import (
     load_folder,
     load_model,
     load_tokenizer,
-    resume_path,
     save_model,
     weights_dtype,
 )
@@ -490,6 +490,6 @@ def test_overwrite_output_dir(base, tmp_path):
     with pytest.raises(ValueError, match="out holds a model, and overwrite_output_dir is false"):
         resume_path(config(base, overwrite_output_dir=False))
     (out / "checkpoint-3").mkdir()
-    (out / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    seal(out / "checkpoint-3", dict(step=3))
     assert resume_path(config(base, overwrite_output_dir=False)).name == "checkpoint-3"
     assert resume_path(config(base)) is None

@@ -10,8 +10,9 @@ transformers = pytest.importorskip("transformers")
 from ppo_cases import config, log_rows, tiny  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
-from rlhf_fast.trainers.loop import Loop, load_weights  # noqa: E402
+from rlhf_fast.trainers.loop import Loop  # noqa: E402
 from rlhf_fast.trainers.models.critic import ValueHead  # noqa: E402
+from rlhf_fast.trainers.restore import load_weights  # noqa: E402
 
 IDS = torch.tensor([[3, 7, 9, 14, 4], [5, 5, 8, 2, 0]])
 

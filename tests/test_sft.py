@@ -23,9 +23,10 @@ from transformers import (
 
 from rlhf_fast.losses.nll import NLL
 from rlhf_fast.ops.fused import fused_linear_loss
+from rlhf_fast.trainers.checkpoint import last_checkpoint
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import Collator, tokenize_sft
-from rlhf_fast.trainers.models.hf_utils import last_checkpoint, load_model
+from rlhf_fast.trainers.models.hf_utils import load_model
 from rlhf_fast.trainers.run_log import read_log
 from rlhf_fast.trainers.sft import SFTTrainer, run_sft
 from rlhf_fast.trainers.sft_config import SFTConfig

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken
+from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, writing
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
+from rlhf_fast.trainers.restore import check_fits, load_state, load_tensors, load_weights, save_tensors
 from rlhf_fast.trainers.run_log import peak_memory_mb
 from rlhf_fast.trainers.sharding import exact_precision
+from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -74,6 +78,9 @@ class FusedTrainer(Trainer):
         self.add_callback(_AfterStep(self))
         self._step, self._window, self._window_steps, self._evaluation = _Sums(), _Sums(), 0, _Sums()
         self._tokens: Tensor | int = 0
+        self.loss_before, self._resumed = 0.0, None
+        self.signals, self.stopping = StopSignals(), False
+        self.run_options: dict[str, Any] = {}  # of the run's configuration: a resumed run is held against them
         self._tokens_since = time.perf_counter()
 
     # ---- what a stage is
@@ -113,10 +120,18 @@ class FusedTrainer(Trainer):
 
     # ---- training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; when memory runs out, the error names the options that help."""
-        with memory_advice(self.args, "training"):
-            return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; when memory runs out, the error names the options that help.
+
+        Ctrl-C and SIGTERM end it after the step, which is saved.
+
+        Args:
+            resume_from_checkpoint: a path, or True or "latest" for the newest complete one in output_dir.
+        """
+        wanted = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.stopping = False
+        with self.signals, memory_advice(self.args, "training"):
+            return super().train(None if wanted is None else str(wanted), *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluate`, with the same."""
@@ -135,7 +150,8 @@ class FusedTrainer(Trainer):
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
         if args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
             together = args.train_batch_size * args.gradient_accumulation_steps
-            return LengthGroupedSampler(together, lengths=dataset.lengths.tolist())
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return ByLength(together, dataset.lengths.tolist(), lambda: seed + int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(
@@ -221,31 +237,130 @@ class FusedTrainer(Trainer):
 
     # ---- checkpoints
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """The Trainer's files, written as `rlhf_fast.trainers.checkpoint` says."""
+        args, state = self.args, self.state
+        run_dir = Path(self._get_output_dir(trial))
+        self.store_flos()
+        if state.best_global_step:
+            best = run_dir / f"checkpoint-{state.best_global_step}"
+            if best.is_dir() or state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(best)
+        about = dict(step=state.global_step, stage=type(self).__name__, processes=args.world_size)
+        about |= dict(resumable=not args.save_only_model, options=self.run_options)
+        keep = dict(limit=args.save_total_limit, best=state.best_model_checkpoint)
+        needed = expected_bytes([self.model], None if args.save_only_model else self.optimizer)
+        folder = run_dir / f"checkpoint-{state.global_step}"
+        with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
+            self.save_model(str(part), _internal_call=True)
+            if not args.save_only_model:
+                self._save_optimizer_and_scheduler(str(part))
+                self._save_scaler(str(part))
+                self._save_rng_state(str(part))
+                torch.save(self._window_state(), part / self._own_file)
+            if args.should_save:
+                self._export_callbacks()
+                state.save_to_json(str(part / "trainer_state.json"))
+                (part / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _export_callbacks(self) -> None:
+        kept = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, own = type(callback).__name__, callback.state()
+                kept[name] = [*kept[name], own] if isinstance(kept.get(name), list) else own
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self.extra_state()
-        if state and self.args.should_save:
-            from safetensors.torch import save_file
+        if self.args.should_save:
+            save_tensors(self.extra_state(), Path(output_dir) / EXTRA_STATE)
 
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, Path(output_dir) / EXTRA_STATE)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder, target = Path(resume_from_checkpoint), self.model if model is None else model
+        options, processes = self.run_options, self.args.world_size
+        check_fits(folder, stage=type(self).__name__, processes=processes, options=options)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(target, folder)  # the Trainer only warns where the weights are another model's
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / EXTRA_STATE).is_file():
-            from safetensors.torch import load_file
+        self._resumed = checkpoint
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            words = f"resume_from_checkpoint: the optimiser in {checkpoint} is of other parameters: {error}"
+            raise ValueError(words) from error
+        if checkpoint is not None:
+            self.load_extra_state(load_tensors(Path(checkpoint) / EXTRA_STATE))
 
-            self.load_extra_state(load_file(Path(checkpoint) / EXTRA_STATE))
+    @property
+    def _own_file(self) -> str:
+        return f"process_{self.args.process_index}.pt"
+
+    def _window_state(self) -> dict[str, Any]:
+        """This process's part of what is logged next, and the counters of the run."""
+        return {
+            "window": dict(self._window.values),
+            "window_steps": self._window_steps,
+            "tokens": int(self._tokens),
+            "loss": (self._tr_loss, self._globalstep_last_logged, self.loss_before + self._total_loss_scalar),
+            "skipped": (self.broken_steps.skipped, self.broken_steps._in_a_row),
+        }
+
+    def _load_window_state(self) -> None:
+        """Once the Trainer has set its own counters to zero."""
+        if self._resumed is None:
+            self.loss_before = 0.0
+            return
+        path, self._resumed = Path(self._resumed) / self._own_file, None
+        if not path.is_file():  # of more processes than there were
+            return
+        state = load_state(path)
+        self._window.values = {n: v.to(self.args.device) for n, v in state["window"].items()}
+        self._window_steps, self._tokens = state["window_steps"], state["tokens"]
+        loss, self._globalstep_last_logged, self.loss_before = state["loss"]
+        self._tr_loss = loss.to(self.args.device)
+        self.broken_steps.skipped, self.broken_steps._in_a_row = state["skipped"]
+
+    @property
+    def train_loss(self) -> float:
+        """The mean over all steps of the run, also those before it was resumed."""
+        return (self.loss_before + self._total_loss_scalar) / max(self.state.global_step, 1)
+
+
+class ByLength(LengthGroupedSampler):
+    """The order of an epoch follows from `seed()` alone, so that a resumed run has it too, as has every process."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: Callable[[], int]):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed())
+        return super().__iter__()
 
 
 class _AfterStep(TrainerCallback):
     def __init__(self, trainer: FusedTrainer):
         self.trainer = trainer
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._load_window_state()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.after_step()
         trainer._window.add(trainer._step.values)
         trainer._window_steps += 1
+        if trainer.signals.agreed(trainer.accelerator):
+            trainer.stopping = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopping:
+            raise Stopped(self.trainer.signals.signum, f" after step {state.global_step}, which is saved")
 
 
 EXTRA_STATE = "stage_state.safetensors"

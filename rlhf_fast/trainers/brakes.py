@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from rlhf_fast.trainers.gauges import HealthWarnings
-from rlhf_fast.trainers.loop import Loop, load_weights
+from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.restore import load_weights
 
 if TYPE_CHECKING:
     from rlhf_fast.trainers.rl import RLTrainer
@@ -28,6 +29,12 @@ class KLBudget(TrainerCallback):
         if kl is not None and kl > self.max_kl and self.reason is None:
             self.reason = f"kl={kl:.4g} above max_kl={self.max_kl:g} at step {state.global_step}"
             control.should_training_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reason": self.reason}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reason = state["reason"]
 
 
 class BestModel(TrainerCallback):

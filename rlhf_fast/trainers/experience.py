@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from rlhf_fast.trainers.rollout.samplers import Rollout
@@ -77,6 +78,17 @@ class MiniBatch(NamedTuple):
     tokens: float  # trained tokens
     live_tokens: float  # those of them in the micro-batches
     entropy_threshold: float | None = None  # tokens of lower entropy are not trained on
+
+
+def as_plain(minibatch: MiniBatch) -> dict[str, Any]:
+    """The same as dicts, lists, tensors and numbers, for a checkpoint."""
+    return minibatch._asdict() | {"micros": [micro._asdict() for micro in minibatch.micros]}
+
+
+def from_plain(state: Mapping[str, Any], device: torch.device) -> MiniBatch:
+    """What `as_plain` was given, on a device."""
+    state = send_to_device(dict(state), device)
+    return MiniBatch(**state | {"micros": [MicroBatch(**micro) for micro in state["micros"]]})
 
 
 def build_experience(

@@ -266,3 +266,10 @@ class HealthWarnings(TrainerCallback):
             self.messages.append(f"step {state.global_step}: {text}")
             if state.is_world_process_zero:
                 warnings.warn(self.messages[-1], stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"series": dict(self.history.series), "ill": sorted(self.ill), "messages": list(self.messages)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history.series.update(state["series"])
+        self.ill, self.messages = set(state["ill"]), state["messages"]

@@ -30,7 +30,15 @@ from transformers import TrainerCallback
 from rlhf_fast.trainers.beforehand import with_entropy_threshold, with_old, with_reference
 from rlhf_fast.trainers.credit import credit
 from rlhf_fast.trainers.data.tokenize import Prompt
-from rlhf_fast.trainers.experience import IGNORE, Experience, MicroBatch, MiniBatch, build_experience
+from rlhf_fast.trainers.experience import (
+    IGNORE,
+    Experience,
+    MicroBatch,
+    MiniBatch,
+    as_plain,
+    build_experience,
+    from_plain,
+)
 from rlhf_fast.trainers.gauges import kl_by_estimator
 from rlhf_fast.trainers.grpo_config import GRPOConfig
 from rlhf_fast.trainers.layout import Layout
@@ -68,6 +76,7 @@ class GRPOTrainer(RLTrainer):
         config = config or GRPOConfig()
         self.loss = config.policy_loss()
         super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
+        self.todo: list[tuple[int, int]] = []  # updates of the rollout that are still to be made: iteration, minibatch
         self.layout = Layout(self.loop.unwrapped, share=config.share_prompts, packed=config.packing)
         droppable = not (config.beta or config.entropy_coef or config.top_entropy_quantile < 1)
         self.drops_zero_advantages = droppable and config.loss_type in PROPORTIONAL
@@ -78,31 +87,29 @@ class GRPOTrainer(RLTrainer):
             other = load_reference(config) if config.ref_model else None
             self.reference = Reference(model, other, copy=config.sync_ref_model)
 
-    def train(self) -> dict[str, Any]:
-        """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds."""
+    def run(self) -> dict[str, Any]:
         config, loop = self.config, self.loop
         self.start()
-        if config.eval_on_start and self.can_evaluate:
+        if config.eval_on_start and self.can_evaluate and loop.checkpoint is None:
             self.evaluate_at_start()
-        first = last = None
         while not loop.done:
-            batch, metrics = collect(self, config.num_generations), {}
-            if config.dynamic_sampling:
-                batch, metrics = refilled(self, batch, config.dynamic_sampling_attempts)
-            experience, scored = self.score(batch)
-            metrics |= scored
-            with loop.timed("update"):
-                minibatches = self.minibatches(experience)
-            for iteration in range(config.num_iterations):
-                for k, minibatch in enumerate(minibatches):
-                    if loop.done:
-                        break
-                    with loop.timed("update"):
-                        self.update(minibatch, on_policy=iteration == k == 0)
-                    loop.state.epoch = self.epoch
-                    loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
-            first, last = metrics["reward"] if first is None else first, metrics["reward"]
-        return self.finish(reward_first=first, reward_last=last)
+            if not self.todo:  # else a checkpoint fell between the updates of a rollout, and holds them
+                batch, metrics = collect(self, config.num_generations), {}
+                if config.dynamic_sampling:
+                    batch, metrics = refilled(self, batch, config.dynamic_sampling_attempts)
+                experience, scored = self.score(batch)
+                self.metrics = metrics | scored
+                self.note_reward(scored["reward"])
+                with loop.timed("update"):
+                    self.built = self.minibatches(experience)
+                self.todo = [(i, k) for i in range(config.num_iterations) for k in range(len(self.built))]
+            while self.todo and not loop.done:
+                iteration, k = self.todo.pop(0)
+                with loop.timed("update"):
+                    self.update(self.built[k], on_policy=iteration == k == 0)
+                loop.state.epoch = self.epoch
+                loop.end_step(self.metrics, evaluate=self.evaluate if self.can_evaluate else None)
+        return self.finish()
 
     def start(self) -> None:
         """Ready for the first update."""
@@ -119,6 +126,17 @@ class GRPOTrainer(RLTrainer):
         per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
         rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
         return rollouts * self.minibatches_per_rollout * self.config.num_iterations
+
+    # ---- in the middle of a rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        built = [as_plain(minibatch) for minibatch in self.built] if self.todo else []
+        return super().state_dict() | {"todo": self.todo, "built": built, "metrics": self.metrics if self.todo else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.todo, self.metrics = [(i, k) for i, k in state["todo"]], dict(state["metrics"])
+        self.built = [from_plain(minibatch, self.accelerator.device) for minibatch in state["built"]]
 
     # ---- score
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import warnings
 from collections import defaultdict
@@ -30,20 +29,22 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
 
+from rlhf_fast.trainers import checkpoint as files
+from rlhf_fast.trainers import restore
 from rlhf_fast.trainers.callbacks import or_broken
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.memory_advice import memory_advice
-from rlhf_fast.trainers.models.hf_utils import resume_path, save_model
+from rlhf_fast.trainers.models.hf_utils import save_model
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, shard, whole
+from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 POLICY = "policy"  # the role of the model that a run is about
 REDRAW_SECONDS = 60.0  # curves of a run in progress
@@ -74,8 +75,7 @@ class Loop:
         others: Mapping[str, nn.Module] | None = None,
         learning_rates: Mapping[str, float] | None = None,
     ):
-        if config.resume_from_checkpoint or resume_path(config) is not None:
-            raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} yet")
+        self.checkpoint = files.resume_path(config)  # to go on from
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
@@ -113,6 +113,9 @@ class Loop:
         self.seconds: dict[str, float] = defaultdict(float)  # by part, whole run
         self.skipped = self._skipped_in_a_row = 0
         self._in_step = False
+        self.signals = StopSignals()
+        self.parts: dict[str, Any] = {}  # what else has a `state_dict` that a checkpoint must hold, of each process
+        self.weights: dict[str, Any] = {}  # the same of tensors that all processes have alike
         self.max_grad_norm = config.max_grad_norm or float("inf")
 
     # ---- the run
@@ -144,15 +147,19 @@ class Loop:
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
         self.state.eval_steps = config.eval_steps
-        self.log = RunLog(config.output_dir, main=self.main)
+        self._reset_metrics()
+        self._began = self._tokens_at = self._drawn = time.perf_counter()
+        self._tokens_logged = 0
+        if self.checkpoint is not None:
+            self._resume(self.checkpoint)
+        resume_step = None if self.checkpoint is None else self.state.global_step
+        self.log = RunLog(config.output_dir, resume_step=resume_step, main=self.main)
         if self.main:
             options = yaml.safe_dump(config.to_dict(), sort_keys=False)
             write_atomic(self.log.output_dir / "run_config.yaml", lambda f: f.write(options))
         hidden = config.disable_tqdm or not self.main
-        self.bar = tqdm(total=max_steps, desc=config.run_name or config.stage, unit="step", disable=hidden)
-        self._reset_metrics()
-        self._began = self._tokens_at = self._drawn = time.perf_counter()
-        self._tokens_logged = 0
+        name, done = config.run_name or config.stage, self.state.global_step
+        self.bar = tqdm(total=max_steps, initial=done, desc=name, unit="step", disable=hidden)
         self.control = self.callbacks.on_init_end(self.arguments, self.state, self.control)
         self.control = self.callbacks.on_train_begin(self.arguments, self.state, self.control)
 
@@ -160,7 +167,9 @@ class Loop:
         """Save the model, draw the curves, write the summary."""
         self.control = self.callbacks.on_train_end(self.arguments, self.state, self.control)
         self.bar.close()
-        self.save_model(self.config.output_dir)
+        with files.clear_errors(self.config.output_dir, files.expected_bytes(self.models.values())):
+            self.save_model(self.config.output_dir)
+        self.accelerator.wait_for_everyone()
         if self.config.plot_loss:
             self.log.curves()
         self.log.close()
@@ -273,9 +282,14 @@ class Loop:
         self.control.should_evaluate = False
         if self.control.should_log or self.done:
             self._log()
-        if self.control.should_save:
+        stop = self.signals.agreed(self.accelerator)
+        if self.control.should_save or stop:
             self.save_checkpoint()
             self.control = self.callbacks.on_save(self.arguments, self.state, self.control)
+        if stop:
+            self.bar.close()
+            self.log.close()
+            raise Stopped(stop, f" after step {self.state.global_step}, which is saved")
 
     # ---- metrics
 
@@ -321,24 +335,93 @@ class Loop:
             for role, state in states.items():
                 options = {} if state is None else {"state_dict": state}
                 self.accelerator.unwrap_model(self.models[role]).save_pretrained(Path(folder) / role, **options)
-        self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self) -> None:
-        """`checkpoint-<step>` in the output folder: written beside, then renamed, so it is whole or not there."""
-        folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
-        part = folder.with_name(f".{folder.name}.part")
-        if self.main:
-            shutil.rmtree(part, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(part)
-        if self.main:
-            if not (self.config.save_only_model or self.sharded):  # shards of the optimiser are on every process
-                torch.save(self.optimizer.state_dict(), part / "optimizer.pt")
-                torch.save(self.scheduler.state_dict(), part / "scheduler.pt")
-            self.state.save_to_json(str(part / "trainer_state.json"))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-            _prune(folder.parent, self.config.save_total_limit, self.state.best_model_checkpoint)
+        """`checkpoint-<step>` in the output folder; see `rlhf_fast.trainers.checkpoint`."""
+        config, step = self.config, self.state.global_step
+        folder = Path(config.output_dir) / f"checkpoint-{step}"
+        about = dict(step=step, stage=config.stage, processes=self.accelerator.num_processes)
+        about |= dict(resumable=not (config.save_only_model or self.sharded), options=config.to_dict())
+        keep = dict(limit=config.save_total_limit, best=self.state.best_model_checkpoint)
+        optimizer = None if config.save_only_model or self.sharded else self.optimizer  # shards: not yet
+        needed = files.expected_bytes(self.models.values(), optimizer)
+        with files.writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
+            self.save_model(part)
+            if self.main:
+                self.state.save_to_json(str(part / "trainer_state.json"))
+            if self.main and optimizer is not None:
+                torch.save(optimizer.state_dict(), part / restore.OPTIMIZER)
+                for name, holder in self.weights.items():
+                    restore.save_tensors(holder.state_dict(), part / f"{name}.safetensors")
+            if optimizer is not None:
+                torch.save(self.state_dict(), part / self._own_file)
+
+    @property
+    def _own_file(self) -> str:
+        return f"process_{self.accelerator.process_index}.pt"
+
+    def _stateful(self) -> dict[str, Any]:
+        """By name, what has `state_dict` and `load_state_dict` beside models and optimiser."""
+        callbacks = {type(c).__name__: c for c in self.callbacks.callbacks if hasattr(c, "load_state_dict")}
+        scaler = {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+        return {"scheduler": self.scheduler, **scaler, **self.parts, **callbacks}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's state beside models, optimiser and `TrainerState`."""
+        metrics = {n: [float(v) for v in values] for n, values in self._metrics.items()}
+        now = time.perf_counter()
+        return {
+            "random": restore.random_state(),
+            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
+            "callbacks": [c.state()["attributes"] for c in self._exported()],
+            "metrics": metrics,  # recorded since the last row of the log
+            "skipped": (self.skipped, self._skipped_in_a_row),
+            "seconds": (dict(self.seconds), self._seconds_logged, now - self._began),
+            "tokens": (self._tokens_logged, now - self._tokens_at),
+        }
+
+    def _exported(self) -> list[Any]:
+        return [c for c in self.callbacks.callbacks if isinstance(c, ExportableState)]
+
+    def _resume(self, folder: Path) -> None:
+        """Everything as it was when the checkpoint was written."""
+        config, max_steps = self.config, self.state.max_steps
+        processes = self.accelerator.num_processes
+        restore.check_fits(folder, stage=config.stage, processes=processes, options=config.to_dict(), strict=True)
+        for role, model in self.models.items():
+            own = folder if role == POLICY else folder / role
+            restore.load_weights(self.accelerator.unwrap_model(model), own)
+        restore.load_optimizer(self.optimizer, folder)
+        for name, holder in self.weights.items():
+            holder.load_state_dict(restore.load_tensors(folder / f"{name}.safetensors"))
+        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        for name in ("epoch", "global_step", "num_input_tokens_seen", "log_history"):
+            setattr(self.state, name, getattr(saved, name))
+        if saved.best_global_step is not None:
+            self.state.best_metric, self.state.best_global_step = saved.best_metric, saved.best_global_step
+            best = Path(folder).parent / f"checkpoint-{saved.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.state.max_steps = max_steps
+        state = restore.load_state(folder / self._own_file)
+        self._load_state_dict(state)
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        stateful = self._stateful()
+        if stateful.keys() != state["parts"].keys():
+            differ = ", ".join(sorted(stateful.keys() ^ state["parts"].keys()))
+            raise ValueError(f"resume_from_checkpoint: {self.checkpoint} and this run do not both have {differ}")
+        for name, part in stateful.items():
+            part.load_state_dict(state["parts"][name])
+        for callback, attributes in zip(self._exported(), state["callbacks"], strict=False):
+            vars(callback).update(attributes)
+        self._metrics.update(state["metrics"])
+        self.skipped, self._skipped_in_a_row = state["skipped"]
+        seconds, self._seconds_logged, run = state["seconds"]
+        self.seconds.update(seconds)
+        self._tokens_logged, logged = state["tokens"]
+        now = time.perf_counter()
+        self._began, self._tokens_at = now - run, now - logged
+        restore.set_random_state(state["random"])
 
 
 def _reduced(name: str, values: list[Any]) -> float:
@@ -348,38 +431,6 @@ def _reduced(name: str, values: list[Any]) -> float:
     if name.endswith("_min"):
         return min(numbers)
     return sum(numbers) / len(numbers)
-
-
-def load_weights(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Put the weights that `save_pretrained` wrote to `folder` into a live model, plain or a PEFT model.
-
-    Raises: ValueError when the folder holds no such weights, or those of another model.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    if not state:
-        raise ValueError(f"{folder} holds no weights in safetensors")
-    if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
-
-        missing, unexpected = [], set_peft_model_state_dict(model, state).unexpected_keys
-    else:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        tied = {p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name in state}
-        missing = [n for n in missing if model.get_parameter(n).data_ptr() not in tied]  # saved once, under one name
-    if missing or unexpected:
-        raise ValueError(f"{folder} holds another model: missing {missing[:3]}, unexpected {list(unexpected)[:3]}")
-
-
-def _prune(folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but never the best one."""
-    if limit is None:
-        return
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    for old in found[: max(0, len(found) - limit)]:
-        if best is not None and old.resolve() == Path(best).resolve():
-            continue
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _training_arguments(config: RunConfig) -> TrainingArguments:

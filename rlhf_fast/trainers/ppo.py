@@ -121,13 +121,11 @@ class PPOTrainer(RLTrainer):
 
     # ---- the run
 
-    def train(self) -> dict[str, Any]:
-        """Run to `max_steps` (or `num_train_epochs`), save the models, return what `summary.json` holds."""
+    def run(self) -> dict[str, Any]:
         config, loop = self.config, self.loop
         self.start()
-        if config.eval_on_start and self.can_evaluate:
+        if config.eval_on_start and self.can_evaluate and loop.checkpoint is None:
             loop.log.log(0, self.evaluate())
-        first = last = None
         while not loop.done:
             prompts = self.next_prompts()
             with loop.timed("rollout"):
@@ -140,9 +138,17 @@ class PPOTrainer(RLTrainer):
                     metrics |= getattr(function, "metrics", {})
             metrics |= self.learn([p.ids for p in rows], rollout, scores.total)
             loop.state.epoch = self.epoch
-            first, last = metrics["reward"] if first is None else first, metrics["reward"]
+            self.note_reward(metrics["reward"])
             loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
-        return self.finish(reward_first=first, reward_last=last)
+        return self.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"kl": self.kl.state_dict(), "score_stats": self.score_stats.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.kl.load_state_dict(state["kl"])
+        self.score_stats.load_state_dict(state["score_stats"])
 
     def start(self) -> None:
         """Once, before the first step: modes, schedules, log files."""

@@ -99,6 +99,11 @@ class RLTrainer:
         self.shuffle = torch.Generator().manual_seed(config.seed + 1 + self.accelerator.process_index)
         self._queue: list[int] = []
         self.prompts_seen = 0
+        self.reward_first: float | None = None
+        self.reward_last: float | None = None
+        self.loop.parts["trainer"] = self
+        if self.reference is not None:
+            self.loop.weights["reference"] = self.reference
 
     def prepare_model(self, model: nn.Module) -> None:
         """What has to happen to the model before its head is fused, such as taking a reference."""
@@ -272,8 +277,50 @@ class RLTrainer:
             loop.save_checkpoint()
             loop.control.should_save = False
 
+    # ---- the run
+
+    def train(self) -> dict[str, Any]:
+        """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds.
+
+        Goes on from the checkpoint of `resume_from_checkpoint`. Ctrl-C and SIGTERM end it after the step, saved.
+        """
+        with self.loop.signals:
+            return self.run()
+
+    def run(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def note_reward(self, reward: float) -> None:
+        """The first and the last rollout's are in the summary."""
+        self.reward_first = reward if self.reward_first is None else self.reward_first
+        self.reward_last = reward
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of this process: generators, place in the data, running statistics."""
+        return {
+            "order": self.order.get_state(),
+            "shuffle": self.shuffle.get_state(),
+            "queue": list(self._queue),
+            "prompts_seen": self.prompts_seen,
+            "sampler": self.sampler.state_dict(),
+            "rewards": [f.state_dict() if hasattr(f, "state_dict") else None for f in self.reward_functions()],
+            "reward": (self.reward_first, self.reward_last),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.order.set_state(state["order"])
+        self.shuffle.set_state(state["shuffle"])
+        self._queue, self.prompts_seen = list(state["queue"]), state["prompts_seen"]
+        self.sampler.load_state_dict(state["sampler"])
+        for function, own in zip(self.reward_functions(), state["rewards"], strict=True):
+            if own is not None:
+                function.load_state_dict(own)
+        self.reward_first, self.reward_last = state["reward"]
+
     def finish(self, **values: Any) -> dict[str, Any]:
         """The best model where it was asked for, a last evaluation, the files; returns what `summary.json` holds."""
+        if self.reward_first is not None:
+            values |= dict(reward_first=self.reward_first, reward_last=self.reward_last)
         values |= self.brakes.finish(self.loop) | ({"data": self.data} if self.data else {})
         if self.can_evaluate:
             values |= self.evaluate()

@@ -16,13 +16,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf_fast.trainers.base import FusedTrainer
 from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback
+from rlhf_fast.trainers.checkpoint import clear_errors, expected_bytes, resume_path, step_of
 from rlhf_fast.trainers.config import TrainerConfig
 from rlhf_fast.trainers.data.dataset_info import load_rows
 from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
-from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, resume_path, vocabulary_size
+from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
 
@@ -59,7 +60,7 @@ def run_stage(
         check_packing(model)
     use_cache = model.config.use_cache
 
-    resume_step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    resume_step = None if checkpoint is None else step_of(checkpoint)
     with RunLog(config.output_dir, resume_step=resume_step) as run_log:
         save_config(config, run_log)
         trainer = build(
@@ -70,6 +71,7 @@ def run_stage(
             eval_dataset=evaluation[0],
             callbacks=[RunLogCallback(run_log, curves=config.plot_loss), *callbacks],
         )
+        trainer.run_options = config.to_dict()
         trainer.broken_steps.limit = config.max_skipped_steps
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -80,11 +82,12 @@ def run_stage(
         trained = {}
         if config.do_train:
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trained = {"steps": result.global_step, "train_loss": result.training_loss}
+            trained = {"steps": result.global_step, "train_loss": trainer.train_loss}
         metrics = trainer.evaluate() if evaluation[0] is not None else {}
         model.config.use_cache = use_cache  # the Trainer switches it off
         if config.do_train:
-            trainer.save_model(config.output_dir)
+            with clear_errors(config.output_dir, expected_bytes([model])):
+                trainer.save_model(config.output_dir)
             if hasattr(model, "peft_config") and getattr(model, "generation_config", None) and run_log.main:
                 model.generation_config.save_pretrained(config.output_dir)  # what an adapter is saved without
             (Path(config.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads

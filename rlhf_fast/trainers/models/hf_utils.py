@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -189,42 +188,6 @@ def check_window(model: nn.Module, longest: int, what: str) -> None:
     if any(table.num_embeddings in (window, window + 2) for table in tables):  # OPT's table has two rows more
         raise ValueError(text)
     warnings.warn(text, stacklevel=2)
-
-
-def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest complete `checkpoint-N`; incomplete ones (a kill in mid-save) are skipped with a warning."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and path.is_dir():
-            found.append((int(number[1]), path))
-    for _, path in sorted(found, reverse=True):
-        if (path / "trainer_state.json").is_file():  # written last
-            return path
-        warnings.warn(f"{path} is incomplete and is skipped", stacklevel=2)
-    return None
-
-
-def resume_path(config: RunConfig) -> Path | None:
-    """The checkpoint to resume from; ValueError when the one that is asked for is not there.
-
-    With `overwrite_output_dir: false` it is the newest in `output_dir`, and a finished model there is an error.
-    """
-    wanted = config.resume_from_checkpoint
-    if wanted is None and not config.overwrite_output_dir:
-        path = last_checkpoint(config.output_dir)
-        finished = [n for n in ("config.json", "adapter_config.json") if (Path(config.output_dir) / n).is_file()]
-        if path is None and finished:
-            raise ValueError(f"output_dir: {config.output_dir} holds a model, and overwrite_output_dir is false")
-        return path
-    if not wanted:
-        return None
-    path = last_checkpoint(config.output_dir) if wanted is True else Path(wanted)
-    if path is None:
-        raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {config.output_dir}")
-    if not (path / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint: {path} is no complete checkpoint (no trainer_state.json)")
-    return path
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,79 @@
+"""What the tests of resuming share: every stage as a small run from folders, and what two runs must have alike."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from grpo_cases import PROMPTS
+from safetensors.torch import load_file
+from stage_cases import PAIRS, folders, judged_rows, run_options
+
+from rlhf_fast.trainers.config import make_config, run
+from rlhf_fast.trainers.run_log import read_log
+
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_mb")
+RL = dict(max_completion_length=5, num_generations=4, reward_funcs=["grpo_cases:digits_sum"], learning_rate=1e-3)
+RL |= dict(per_device_train_batch_size=8, eval_dataset=None, eval_do_sample=True)
+# Every stage with as much state as it can have, and a log row over several steps.
+CASES = {
+    "sft": dict(stage="sft", lora_dropout=0.3, finetuning_type="lora", lora_rank=2, per_device_train_batch_size=2),
+    "sft by length": dict(stage="sft", per_device_train_batch_size=2, train_sampling_strategy="group_by_length"),
+    "rm": dict(stage="rm", per_device_train_batch_size=2),
+    "dpo": dict(
+        stage="dpo", sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.3, pref_bco_weight=0.5
+    ),
+    "kto": dict(stage="kto", sync_ref_model=True, ref_model_sync_steps=2),
+    "ppo": dict(
+        stage="ppo", ppo_score_norm=True, ppo_target=0.1, kl_horizon=100.0, kl_coef=0.2,
+        sync_ref_model=True, ref_model_sync_steps=1,
+        ppo_epochs=2, ppo_buffer_size=2, **{**RL, "num_generations": 1, "per_device_train_batch_size": 4},
+    ),
+    "grpo": dict(
+        stage="grpo", beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, num_iterations=2, steps_per_generation=2,
+        **RL,
+    ),
+}  # fmt: skip
+
+
+def prepare(tmp_path: Path, stage: str) -> Path:
+    """A model folder and the stage's data."""
+    rows = judged_rows() if stage == "kto" else PAIRS
+    if stage == "sft":
+        rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in PAIRS]
+    if stage in ("ppo", "grpo"):
+        rows = [{"prompt": p, "answer": str(len(p))} for p in PROMPTS]
+    return folders(tmp_path, rows)
+
+
+def options(folder: Path, name: str, case: str, **changes):
+    values = run_options(folder, name, **dict(max_steps=8, save_steps=3, logging_steps=2, cutoff_len=32))
+    return values | CASES[case] | changes
+
+
+def train(folder: Path, name: str, case: str, **changes):
+    values = options(folder, name, case, **changes)
+    return run(make_config(values))
+
+
+def break_off(folder: Path, step: int) -> None:
+    """The run as a kill after `step` leaves it, with rows of the log that no checkpoint knows."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name[11:]) > step:
+            shutil.rmtree(path)
+    for name in ("model.safetensors", "adapter_model.safetensors", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without timings."""
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in read_log(folder)]
+
+
+def weights(folder: Path) -> dict:
+    return {
+        f"{path.relative_to(folder)}:{name}": tensor
+        for path in folder.rglob("*.safetensors")
+        if "checkpoint-" not in str(path.relative_to(folder))
+        for name, tensor in load_file(path).items()
+    }
