@@ -28,20 +28,23 @@ KINDS = ("logprob", "nll", "grpo", "user")
 class Head(nn.Linear):
     """The loss is taken within the head's own call, where wrappers have gathered its parameters."""
 
+    group = None  # over which its rows are spread
+
     def forward(self, h, part, kind):
         inputs = (h, self.weight, part["target"])
         tokens, sequences = part["tokens"], part["sequences"]
+        options = dict(bias=self.bias, group=self.group)
         if kind == "logprob":
-            out = linear_logprob(*inputs, bias=self.bias, entropy=True)
+            out = linear_logprob(*inputs, entropy=True, **options)
             return -(out.logprob * part["old"].cos() + 0.1 * out.entropy).sum() / tokens
         if kind == "user":
             own = lambda logprob, entropy, batch: (logprob.exp() * batch["old"]).sum() / tokens  # noqa: E731
-            return fused_linear_loss(*inputs, own, batch={"old": part["old"]}, bias=self.bias, chunk_size=3).loss
+            return fused_linear_loss(*inputs, own, batch={"old": part["old"]}, chunk_size=3, **options).loss
         if kind == "nll":
-            return fused_linear_loss(*inputs, NLL(tokens), bias=self.bias, chunk_size=4).loss
+            return fused_linear_loss(*inputs, NLL(tokens), chunk_size=4, **options).loss
         loss_fn = PolicyLoss("grpo", normalizer=sequences, entropy_coef=0.1, entropy_normalizer=tokens)
         batch = dict(advantages=part["advantages"], old_logprob=part["old"])
-        return fused_linear_loss(*inputs, loss_fn, batch=batch, segments=part["cu"], bias=self.bias, chunk_size=4).loss
+        return fused_linear_loss(*inputs, loss_fn, batch=batch, segments=part["cu"], chunk_size=4, **options).loss
 
 
 class Model(nn.Module):

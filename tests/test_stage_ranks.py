@@ -1,12 +1,9 @@
-"""Two processes train exactly what one trains: normalisers, KTO's reference point, BCO's shift, evaluation sums."""
+"""The Trainer stages do the same on one process, on two under FSDP2 and on four under DDP.
+
+Normalisers, KTO's reference point, BCO's shift, a reference that follows the policy, and evaluation sums are global.
+"""
 
 from __future__ import annotations
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,40 +11,51 @@ import torch
 pytest.importorskip("transformers")
 
 import stage_ranks
+from ranks import torchrun
 
-RANKS = 2
+SHORT = {"one": (1,), "two, FSDP2": (2, "fsdp2"), "four, DDP": (4,)}
+LONG = SHORT | {"two, DDP": (2,), "four, FSDP2": (4, "fsdp2")}
+STAGES = ["sft", "rm", "dpo", "kto"]
+
+
+def run(folder, layouts, steps):
+    found = {}
+    for name, (ranks, *mode) in layouts.items():
+        (folder / name).mkdir()
+        torchrun(stage_ranks.__file__, ranks, folder / name, steps, *mode)
+        found[name] = torch.load(folder / name / "results.pt", weights_only=True)
+    return found
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """(results of one process, of two)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS))
-    command = [sys.executable, stage_ranks.__file__, str(folder)]
-    where = dict(cwd=Path(stage_ranks.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running = [
-        subprocess.Popen(command, env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), **where) for r in range(RANKS)
-    ]
-    one = stage_ranks.results(folder / "one")
-    for process in running:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
-    return one, torch.load(folder / "results.pt")
+def layouts(tmp_path_factory):
+    """Results of two steps by layout."""
+    return run(tmp_path_factory.mktemp("ranks"), SHORT, 2)
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "kto"])
-def test_two_processes_equal_one(both, stage):
+def compare(layouts, stage):
     """fp64 weights and metrics; the Trainer adds its losses up in fp32."""
-    one, two = (results[stage] for results in both)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            two["weights"][name], weight, rtol=1e-11, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for part in ("logged", "evaluation"):
-        assert one[part].keys() == two[part].keys()
-        for name, value in one[part].items():
-            assert two[part][name] == pytest.approx(value, rel=1e-6), (part, name)
+    one = layouts["one"][stage]
+    for layout, results in layouts.items():
+        for name, weight in one["weights"].items():
+            where = f"{layout}, {name}"
+            torch.testing.assert_close(
+                results[stage]["weights"][name], weight, rtol=1e-11, atol=1e-11, msg=lambda m, w=where: f"{w}: {m}"
+            )
+        for part in ("logged", "evaluation"):
+            assert one[part].keys() == results[stage][part].keys()
+            for name, value in one[part].items():
+                assert results[stage][part][name] == pytest.approx(value, rel=1e-6, abs=1e-9), (layout, part, name)
     assert len(one["evaluation"]) > 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_layout_changes_nothing(layouts, stage):
+    compare(layouts, stage)
+
+
+@pytest.mark.slow
+def test_nor_over_twenty_steps(tmp_path):
+    layouts = run(tmp_path, LONG, 20)
+    for stage in STAGES:
+        compare(layouts, stage)

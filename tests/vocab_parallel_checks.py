@@ -445,7 +445,9 @@ def bad_arguments_raise_on_every_rank(group):
     with raises(ValueError, at_last("batch['w'] requires grad", refused)):
         fused(hidden, shard, target, per_row=torch.ones(23, requires_grad=rank == last), group=group)
     for op in (linear_logprob, fused, vocab_parallel_logprob):
-        with raises(TypeError, "group must be a torch.distributed.ProcessGroup, got int"):
+        with raises(
+            TypeError, "group must be a torch.distributed.ProcessGroup or a dimension of a DeviceMesh, got int"
+        ):
             op(hidden, shard, target, group=3)
     low = (weight[:2], shard[:, :2], at_last(1.0, 2.0))
     for op in (linear_logprob, fused):

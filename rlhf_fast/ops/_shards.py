@@ -75,14 +75,20 @@ def lora_options(lora: Lora | None) -> tuple[int, float] | None:
     return lora and (lora.a.shape[0], lora.scaling)
 
 
-def check_group(group: object) -> str:
-    """The group's name; raise unless `group` is a process group that this rank belongs to."""
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        hint = ": pass mesh.get_group()" if hasattr(group, "get_group") else ""
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}{hint}")
+def as_group(group: object) -> dist.ProcessGroup:
+    """A process group, or the one behind a dimension of a device mesh; raise unless this rank belongs to it."""
+    available = dist.is_available()
+    if available and not isinstance(group, dist.ProcessGroup) and isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or tuple(range(group.ndim))
+            raise ValueError(f"group must be one dimension of a mesh, such as mesh[{names[-1]!r}], got {names}")
+        group = group.get_group()
+    if not available or not isinstance(group, dist.ProcessGroup):
+        kinds = "a torch.distributed.ProcessGroup or a dimension of a DeviceMesh"
+        raise TypeError(f"group must be {kinds}, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"group must contain this rank, got ranks {dist.get_process_group_ranks(group)}")
-    return group.group_name
+    return group
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

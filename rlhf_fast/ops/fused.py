@@ -22,7 +22,7 @@ from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
 from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._once import once_differentiable, roots
 from rlhf_fast.ops._rows import Transform, stat_dtype
-from rlhf_fast.ops._shards import Joined, check_group
+from rlhf_fast.ops._shards import Joined, as_group
 from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_scoring, check_transform
 from rlhf_fast.types import FusedLoss, Metrics
 
@@ -45,7 +45,7 @@ def fused_linear_loss(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     weight_grad: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | dist.DeviceMesh | None = None,
 ) -> FusedLoss:
     """A loss over the log-probabilities of `target` under a linear head, in three products with that head.
 
@@ -67,7 +67,8 @@ def fused_linear_loss(
             `segments`, tensors of S entries are cut like the segments; 0-d tensors and other values pass whole.
         segments: (S+1,) int32 or int64 offsets into the N rows (`cu_seqlens`). A chunk then holds whole segments, and
             `batch` gains "segment_ids" (n,) and "num_segments". A segment larger than a tile is still exact: its
-            tiles are recomputed (four products for its rows). None: chunks are cut anywhere.
+            tiles are recomputed (four products for its rows). None: chunks are cut anywhere. Segments must be whole:
+            where a sequence is spread over ranks, sum `linear_logprob`'s over the ranks instead (docs/training.md).
         entropy: hand loss_fn the entropy and return it.
         bias, temperature, logit_scale, softcap, ignore_index, lora, chunk_size, memory_budget: as in `linear_logprob`.
         weight_grad: (V, D) float. The backward adds the head's gradient to it in one pass, straight from the
@@ -96,7 +97,8 @@ def fused_linear_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    name = None if group is None else check_group(group)
+    group = None if group is None else as_group(group)
+    name = None if group is None else group.group_name
     with Joined(group):
         hidden, weight, bias = check_head(hidden, weight, bias, target, shard=group is not None)
         check_scoring(ignore_index, entropy)

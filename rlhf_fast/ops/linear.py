@@ -18,7 +18,7 @@ from rlhf_fast.ops._head import Lora, Wanted, wanted
 from rlhf_fast.ops._linear_run import Call, Inputs, Outputs, Saved
 from rlhf_fast.ops._once import once_differentiable, roots
 from rlhf_fast.ops._rows import Transform
-from rlhf_fast.ops._shards import check_group
+from rlhf_fast.ops._shards import as_group
 from rlhf_fast.types import LogProb, TokenLogProb
 
 
@@ -37,7 +37,7 @@ def linear_logprob(
     lora: Lora | tuple[Tensor, Tensor, float] | None = None,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | dist.DeviceMesh | None = None,
 ) -> LogProb | TokenLogProb:
     """Log-probabilities of `target` under softmax(hidden @ weight.T + bias), with entropy and log-sum-exp.
 
@@ -65,8 +65,8 @@ def linear_logprob(
             what a call keeps of its logits until its backward (None: 256 MiB), which then recomputes only the other
             rows: three products for the rows that are kept, four for the others. With `chunk_size`, `lora` or
             `token_stats`, without gradients and under torch.compile nothing is kept.
-        group: the head's rows are spread over this process group, `weight` and `bias` being this rank's: see
-            `vocab_parallel_logprob`, which is what runs. Not together with `token_stats`.
+        group: the head's rows are spread over this group, or dimension of a mesh, `weight` and `bias` being this
+            rank's: see `vocab_parallel_logprob`, which is what runs. Not together with `token_stats`.
     Returns: LogProb(logprob, entropy or None, lse), or TokenLogProb, each of the shape of `target`, fp32 (fp64 for
         fp64 inputs), on the inputs' device. These three are differentiable.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
@@ -83,7 +83,7 @@ def linear_logprob(
     if group is not None:
         from rlhf_fast.ops.vocab_parallel import vocab_parallel_logprob
 
-        check_group(group)
+        group = as_group(group)
         if token_stats:
             raise ValueError("token_stats cannot be had over a process group: leave out one of token_stats and group")
         options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index)

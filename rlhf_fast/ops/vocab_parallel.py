@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_fast.ops._head import Lora, Wanted, tile_rows, wanted
 from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
-from rlhf_fast.ops._shards import Agreement, Joined, Shards, check_group, lora_options, resolve, sharded_head
+from rlhf_fast.ops._shards import Agreement, Joined, Shards, as_group, lora_options, resolve, sharded_head
 from rlhf_fast.ops.linear import check_chunk, check_head, check_lora, check_transform
 from rlhf_fast.types import LogProb
 
@@ -27,7 +27,7 @@ def vocab_parallel_logprob(
     weight_shard: Tensor,
     target: Tensor,
     *,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | dist.DeviceMesh,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
@@ -53,7 +53,8 @@ def vocab_parallel_logprob(
         hidden: (N, D) or (..., D) float, the same on every rank. Differentiable.
         weight_shard: (V_r, D), this rank's rows of the head. Differentiable.
         target: (N,) or (...) int64 or int32: ids in the whole vocabulary, the same on every rank.
-        group: of any backend that has `all_gather`, `all_reduce` and `broadcast` on the tensors' device.
+        group: of any backend that has `all_gather`, `all_reduce` and `broadcast` on the tensors' device; or a mesh of
+            one dimension, such as `mesh["tp"]`.
         bias: (V_r,), this rank's entries, or None on every rank. Differentiable.
         lora: (a (r, D), the same on every rank; b (V_r, r), this rank's rows; scaling), or None on every rank. The
             gradient of a is complete on every rank, as that of the hidden states.
@@ -74,7 +75,7 @@ def vocab_parallel_logprob(
         torch.Size([3])
         >>> dist.destroy_process_group()
     """
-    name = check_group(group)
+    group = as_group(group)
     with Joined(group):
         hidden, weight, bias = check_head(hidden, weight_shard, bias, target, shard=True)
         tf = check_transform(temperature, logit_scale, softcap)
@@ -84,7 +85,7 @@ def vocab_parallel_logprob(
     want = wanted(*inputs)
     gradients = 4 * want.lora_a + 2 * want.hidden + want.any
     logprob, h, lse, *_ = _vocab_parallel_logprob(
-        *(*inputs, target.reshape(-1), name, int(gradients)),
+        *(*inputs, target.reshape(-1), group.group_name, int(gradients)),
         *(scaling, *tf, ignore_index, entropy, chunk, budget),
     )
     shape = target.shape
