@@ -23,7 +23,7 @@ from rlhf_fast.trainers.data.templates import apply_template  # noqa: E402
 from rlhf_fast.trainers.data.tokenize import tokenize_prompts, tokenize_sft  # noqa: E402
 
 health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-few = settings(deadline=None, max_examples=100, derandomize=True, suppress_health_check=health, database=None)
+few = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=health, database=None)
 READ = [tokenize_sft, tokenize_prompts, tokenize_pairs, tokenize_kto]
 SUFFIXES = [".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet", ".arrow"]
 

@@ -192,6 +192,21 @@ def test_a_coroutine_that_raises_names_its_row():
         Rewards([picky, lengths], timeout=20)(PROMPTS, COMPLETIONS)
 
 
+def test_the_search_for_the_row_has_an_end(monkeypatch):
+    """A batch that fails at once, rows that take their time."""
+
+    def slow_alone(completions, **_):
+        if len(completions) == 1:
+            time.sleep(5)
+        raise KeyError("k")
+
+    monkeypatch.setattr(reward_calls, "SEARCH", 0.3)
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match="'slow_alone' raised KeyError on the batch"):
+        Rewards(slow_alone)(PROMPTS, COMPLETIONS)
+    assert time.perf_counter() - start < 4
+
+
 # ---- process rewards
 
 

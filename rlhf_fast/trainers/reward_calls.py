@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+SEARCH = 10.0  # seconds to look for the row that makes a function raise
 GRACE = 1.0  # seconds that a coroutine has to notice that its time is up
 
 
@@ -83,7 +85,7 @@ class _Thread:
         self.thread.start()
 
     def result(self, timeout: float | None) -> Any:
-        self.thread.join(timeout)
+        self.thread.join(None if timeout is None else max(timeout, 0.0))
         if self.thread.is_alive():
             raise TimeoutError
         if self.error is not None:
@@ -108,10 +110,15 @@ def _error(
 def _guilty_row(
     function: Callable[..., Any], kwargs: Mapping[str, Any], rows: int, timeout: float | None
 ) -> int | None:
-    """The first row that raises alone, so that the message can name it."""
+    """The first row that raises alone, so that the message can name it; None when that is not found soon."""
+    end = time.monotonic() + SEARCH
     for row in range(rows):
+        left = end - time.monotonic()
         try:
-            _call(function, {key: value[row : row + 1] for key, value in kwargs.items()}, timeout)
-        except (Exception, SystemExit):  # noqa: PERF203
+            alone = {key: value[row : row + 1] for key, value in kwargs.items()}
+            _call(function, alone, left if timeout is None else min(left, timeout))
+        except (TimeoutError, asyncio.TimeoutError):  # noqa: PERF203
+            return None
+        except (Exception, SystemExit):
             return row
     return None
