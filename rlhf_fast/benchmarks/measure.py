@@ -61,7 +61,8 @@ def interleaved(
 
     A call that is not timed precedes each sample: without it a provider pays for what its neighbour left in the caches,
     and on a virtual machine for fresh memory that went back to the host meanwhile (150 ms for a tile of 131 MB).
-    A call whose `rounds` would take more than `budget` seconds gets fewer; one that takes so long by itself, one.
+    A call whose `rounds` would take more than `budget` seconds gets fewer; one that takes so long by itself, one. With
+    0 rounds each is called once.
     """
     repeat, turns, samples = {}, {}, {}
     for name, fn in calls.items():  # the callers have warmed up
@@ -69,7 +70,8 @@ def interleaved(
         first = once(fn, device)
         repeat[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(first, 1e-7))))
         turns[name] = int(min(rounds, budget / max(first * (1 + repeat[name]), 1e-7)))
-        samples[name] = [] if turns[name] else [first]
+        again = repeat[name] > 1 and not turns[name]
+        samples[name] = [] if turns[name] else [once(fn, device, repeat[name]) if again else first]
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -83,13 +85,11 @@ def interleaved(
 def race(
     calls: dict[str, Callable[[], object]], device: str, rounds: int, always: str, budget: float = math.inf
 ) -> dict[str, Timing]:
-    """A round of `interleaved`, then `rounds` among those within CLOSE of the fastest, and `always`.
+    """A call of each, then `rounds` of `interleaved` among those within CLOSE of the fastest, and `always`.
 
     Rounds without the slow ones are short, so that a busy machine is as busy for all; only they count for the close.
     """
-    timings = interleaved(calls, device, 1, budget)
-    if rounds == 1:
-        return timings
+    timings = interleaved(calls, device, 0)
     others = [t.median for name, t in timings.items() if name != always] or [timings[always].median]
     close = [name for name, t in timings.items() if name == always or t.median <= CLOSE * min(others)]
     return timings | interleaved({name: calls[name] for name in close}, device, rounds, budget)

@@ -29,8 +29,8 @@ from rlhf_fast.benchmarks.memory import Unmeasured, extra_bytes, in_fresh_proces
 from rlhf_fast.benchmarks.providers import NAIVE, OURS, PROVIDERS, Provider, Step, Unavailable, build
 
 LIMIT = "limit"
-PATIENCE = 60.0
-"""A first call that takes longer than these seconds is not followed by warm-up."""
+PATIENCE = 2.0
+"""A first call that takes longer than these seconds is followed by no warm-up but the race's own first call."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ STEPS = {
     "dpo_step": "a DPO step beside TRL's DPOTrainer",
     "context": "the longest sequence of a DPO pair in a given memory, beside TRL's DPOTrainer",
 }
-DEFAULT_OPS = ["grpo", "logprob", "policy", "gae"]
+DEFAULT_OPS = ["grpo", "policy", "gae"]
 OP_HELP = f"An op, `all`, {', '.join(STEPS)}; may be repeated."
 ZERO_HELP = "Share of rows without a gradient (zero advantages); may be repeated."
 MASKED_HELP = "Share of tokens that do not count; may be repeated."
@@ -34,7 +34,7 @@ def bench(
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16 or fp16; may be repeated.")] = None,
     providers: Annotated[str | None, typer.Option("--providers", help="Comma-separated; default: all.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; the median counts.")] = 5,
-    budget: Annotated[float, typer.Option("--budget", min=0, help="Seconds of a provider's rounds a case.")] = 10.0,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="Seconds of a provider's rounds a case.")] = 5.0,
     zero_rows: Annotated[list[float] | None, typer.Option("--zero-rows", min=0, max=1, help=ZERO_HELP)] = None,
     masked: Annotated[list[float] | None, typer.Option("--masked", min=0, max=0.99, help=MASKED_HELP)] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
