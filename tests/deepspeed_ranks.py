@@ -27,8 +27,9 @@ def model(tied: bool):
 
 
 def zero(stage: int) -> dict:
-    """Every parameter is partitioned, however small."""
+    """Every parameter is partitioned, however small, and let go as soon as its module has run."""
     options = dict(stage=stage, stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0)
+    options |= dict(stage3_max_live_parameters=0, stage3_max_reuse_distance=0)
     allowed = dict(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
     return dict(zero_optimization=options, gradient_clipping=0.0, **allowed)
 
