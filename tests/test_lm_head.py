@@ -48,16 +48,19 @@ FAMILIES = {
     | dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     | {"dim_model_base": 16},
     "MixtralConfig": TINY | dict(num_local_experts=4, num_experts_per_tok=2),
+    "Qwen3MoeConfig": TINY | dict(head_dim=8, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2),
     "GPTNeoXConfig": SMALL_GPT | {"intermediate_size": 48},
     "OPTConfig": SMALL_GPT | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "GPT2Config": dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=1),
 }
 
+MIXTURES = ("MixtralConfig", "Qwen3MoeConfig")
+
 
 def build(family: str, dtype=torch.float64, **options):
     torch.manual_seed(0)
     config = getattr(transformers, family)(**FAMILIES[family] | options)
-    experts = {"experts_implementation": "eager"} if family == "MixtralConfig" else {}  # the others know no fp64
+    experts = {"experts_implementation": "eager"} if family in MIXTURES else {}  # the others know no fp64
     return AutoModelForCausalLM.from_config(config, **experts).to(dtype).eval()
 
 
@@ -116,6 +119,32 @@ def test_only_scored_rows_reach_the_head():
     assert model.lm_head.weight is model.model.embed_tokens.weight  # tied: one gradient, from both ends
     grad = model.lm_head.weight.grad
     assert grad[ids.unique()].abs().sum(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_balancing_loss_of_a_mixture_of_experts(family):
+    model = build(family)
+    ids, mask, targets = tokens()
+    output = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+    logprob = reference.logprob_from_logits(output.logits, targets).logprob
+    (0.1 * output.aux_loss - logprob.sum()).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    fuse_lm_head(model)
+    inputs = dict(input_ids=ids, attention_mask=mask, target_ids=targets)
+    got, aux_loss = model(**inputs, return_aux_loss=True)
+    (0.1 * aux_loss - got.logprob.sum()).backward()
+    torch.testing.assert_close(aux_loss, output.aux_loss, rtol=1e-12, atol=0)
+    assert gradients(model).keys() == expected.keys()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-11, msg=name)
+    assert any(expected[n].abs().max() > 0 for n in expected if n.endswith("gate.weight"))
+    hidden = model(**inputs, return_hidden=True, return_aux_loss=True)[1]
+    assert hidden.shape == (3, 9, 32)
+    with pytest.raises(ValueError, match="return_aux_loss needs target_ids"):
+        model(input_ids=ids, return_aux_loss=True)
+    with pytest.raises(ValueError, match="return_aux_loss: Qwen2ForCausalLM gives no aux_loss"):
+        fuse_lm_head(build("Qwen2Config"))(**inputs, return_aux_loss=True)
 
 
 def test_a_copy_is_fused_and_independent():

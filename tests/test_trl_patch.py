@@ -432,6 +432,16 @@ def test_another_version_or_signature_is_refused(monkeypatch):
     assert not foreign()
 
 
+def test_a_release_without_one_of_the_names_is_refused(monkeypatch):
+    """TRL 1.15 has no `_use_triton`."""
+    import trl.kernels.chunked_logprob as kernel
+
+    monkeypatch.delattr(kernel, "_use_triton")
+    with pytest.raises(PatchError, match="not the TRL that the patch knows: cannot import name '_use_triton'"):
+        patch(any_version=True)
+    assert not foreign()
+
+
 def test_undo_over_a_later_patch_is_refused(monkeypatch):
     patch()
     with monkeypatch.context() as m:

@@ -47,6 +47,8 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
             `linear_logprob`. Soft cap and logit scale are the model's own.
         return_hidden: give (result, hidden), with the hidden states (B, T, D) that the head saw: what a value head on
             the same trunk takes, in the same forward and backward.
+        return_aux_loss: give (result, aux_loss), the load-balancing loss () of a mixture of experts, before its
+            coefficient, differentiable; with return_hidden (result, hidden, aux_loss).
     Args:
         model: a transformers causal LM, or a PEFT model around one. Before or after FSDP2, DDP and `device_map`.
     Raises: TypeError if the model has no linear output head; ValueError in the fused call if the model transforms its
@@ -133,11 +135,13 @@ def _model_forward(
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     return_hidden: bool = False,
+    return_aux_loss: bool = False,
     **kwargs,
 ):
     if target_ids is None:
-        if loss_fn is not None or return_hidden:
-            raise ValueError(f"{'return_hidden' if loss_fn is None else 'loss_fn'} needs target_ids")
+        given = dict(loss_fn=loss_fn is not None, return_hidden=return_hidden, return_aux_loss=return_aux_loss)
+        if any(given.values()):
+            raise ValueError(f"{next(name for name, asked in given.items() if asked)} needs target_ids")
         return self._unfused_forward(*args, **kwargs)
     if kwargs.get("labels") is not None:
         raise ValueError("give target_ids (aligned to the hidden states) or labels (shifted by the model), not both")
@@ -148,8 +152,15 @@ def _model_forward(
     if not hasattr(self, "_logit_transform"):
         self._logit_transform = _probe(self, target_ids.device)
     request = _Request(target_ids, loss_fn, options, self._logit_transform)
-    _run(self, request, args, kwargs)
-    return (request.result, request.hidden) if return_hidden else request.result
+    if return_aux_loss:
+        kwargs["output_router_logits"] = True
+    output = _run(self, request, args, kwargs)
+    extra = (request.hidden,) if return_hidden else ()
+    if return_aux_loss:
+        if getattr(output, "aux_loss", None) is None:
+            raise ValueError(f"return_aux_loss: {type(self).__name__} gives no aux_loss")
+        extra += (output.aux_loss,)
+    return (request.result, *extra) if extra else request.result
 
 
 def _head_forward(self, hidden: Tensor) -> Tensor:

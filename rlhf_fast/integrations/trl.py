@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Replace
+from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Replace, check_version
 
 __all__ = ["PatchError", "patch", "unpatch"]  # and, made when first asked for: FastGRPOTrainer, GRPOLossMixin
 
@@ -50,7 +50,13 @@ def patch(*, any_version: bool = False) -> Patch:
         raise PatchError("trl is patched already: call unpatch() first")
     if importlib.util.find_spec("trl") is None:
         raise PatchError("trl is not installed")
-    _patch = Patch("trl", VERSIONS, list(_changes())).apply(any_version=any_version)
+    if not any_version:
+        check_version("trl", VERSIONS)  # before anything of it is imported: other releases lack some of the names
+    try:
+        changes = list(_changes())
+    except ImportError as error:
+        raise PatchError(f"this is not the TRL that the patch knows: {error}") from error
+    _patch = Patch("trl", VERSIONS, changes).apply(any_version=any_version)
     return _patch
 
 
