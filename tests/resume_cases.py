@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
-from grpo_cases import PROMPTS
+import torch
+import yaml
+from grpo_cases import PROMPTS, digits_sum
 from safetensors.torch import load_file
 from stage_cases import PAIRS, folders, judged_rows, run_options
 
@@ -77,3 +82,38 @@ def weights(folder: Path) -> dict:
         if "checkpoint-" not in str(path.relative_to(folder))
         for name, tensor in load_file(path).items()
     }
+
+
+def command(folder: Path, values: dict) -> list[str]:
+    """`rlhf-fast train` of these options."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return [sys.executable, "-m", "rlhf_fast", "train", str(folder / "run.yaml")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that finds the reward functions of the tests."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def assert_same(folder: Path, name: str, summary: dict, want: dict) -> None:
+    """Weights, log and summary of a run are those of the unbroken one."""
+    a, b = weights(folder / "whole"), weights(folder / name)
+    assert a.keys() == b.keys()
+    assert len(a) > 0
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+    assert rows(folder / "whole") == rows(folder / name)
+    timed = ("seconds", "_per_second", "_mb", "runtime", "output_dir", "by_part")
+    kept = {k: v for k, v in want.items() if not k.endswith(timed)}
+    assert {k: v for k, v in summary.items() if not k.endswith(timed)} == kept
+
+
+def slow_reward(completion_ids, **_):
+    """Half a minute from the second rollout on."""
+    if slow_reward.called:
+        time.sleep(30)
+    slow_reward.called = True
+    return digits_sum(completion_ids)
+
+
+slow_reward.called = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -25,21 +24,10 @@ def whole(tmp_path_factory):
     return get
 
 
-def assert_same(folder, name, summary, want):
-    a, b = cases.weights(folder / "whole"), cases.weights(folder / name)
-    assert a.keys() == b.keys()
-    assert len(a) > 0
-    assert [n for n in a if not torch.equal(a[n], b[n])] == []
-    assert cases.rows(folder / "whole") == cases.rows(folder / name)
-    timed = ("seconds", "_per_second", "_mb", "runtime", "output_dir", "by_part")
-    kept = {k: v for k, v in want.items() if not k.endswith(timed)}
-    assert {k: v for k, v in summary.items() if not k.endswith(timed)} == kept
-
-
 @pytest.mark.parametrize("case", cases.CASES)
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(whole, case):
     folder, want = whole(case)
     cases.train(folder, "parts", case)
     cases.break_off(folder / "parts", 6 if "length" in case else 3)  # 6: in the second epoch
     summary = cases.train(folder, "parts", case, resume_from_checkpoint="latest")
-    assert_same(folder, "parts", summary, want)
+    cases.assert_same(folder, "parts", summary, want)
