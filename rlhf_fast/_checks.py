@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -39,6 +40,18 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], dims: str) -
     check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name} must be {dims}={shape_str(expected)}, got {shape_str(tensor.shape)}")
+
+
+def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
+    """Raise where a tensor carries a tangent: torch's custom ops would drop it, and pass for a derivative of 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{op} has no forward-mode derivative, and {name} carries a tangent; use the function of that name in "
+                "rlhf_fast.reference for one"
+            )
 
 
 def check_same_device(**tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from rlhf_fast.losses import PolicyLoss, policy_loss_kinds
 
 KINDS = [
     "ppo", "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo", "cispo", "sapo", "vespo", "gpg", "reinforce",
-    "geo_mean", "clip_cov", "kl_cov",
+    "geo_mean", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "dro",
 ]  # fmt: skip
 
 
@@ -20,6 +20,8 @@ def options_of(kind: str) -> dict:
         return {"fraction": 0.2, "cov_low": 0.05, "cov_high": 50.0}
     if kind == "kl_cov":
         return {"fraction": 0.2}
+    if kind.startswith("dppo"):
+        return {"clip_low": 0.02, "clip_high": 0.03}
     return {}
 
 

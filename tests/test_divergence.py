@@ -467,7 +467,6 @@ H, W, RH, RW = torch.randn(4, 8), torch.randn(11, 8), torch.randn(4, 6), torch.r
         ((H, W, RH, RW), dict(ref_options=dict(soft_cap=1.0)), "got 'soft_cap': did you mean 'softcap'"),
         ((H, W, RH, RW), dict(ref_options=dict(temperature=0.0)), "temperature must be a finite number > 0"),
         ((H, W, RH, RW), dict(weights=torch.ones(3)), r"weights must be hidden's leading shape=\(4,\), got \(3,\)"),
-        ((H, W, RH, RW), dict(mask=torch.ones(4)), "mask must be bool, got torch.float32"),
         ((H, W, RH, RW), dict(ref_bias=torch.ones(4)), r"ref_bias must be \(V,\)=\(11,\), got \(4,\)"),
         ((H, W, RH, RW), dict(memory_budget=0), "memory_budget must be a positive integer or None, got 0"),
     ],

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 
+from rlhf_fast import fused_linear_loss
 from rlhf_fast.losses import PolicyLoss, policy_loss, register_policy_loss
 from rlhf_fast.losses.registry import _VARIANTS
 from rlhf_fast.losses.segments import Segments
@@ -242,3 +243,27 @@ def test_unknown_rollout_logprobs_count_as_agreeing():
     loss, metrics = policy_loss(old, old, torch.tensor([1.0]), rollout_logprob=rollout, **options)
     assert loss.item() == pytest.approx(-(math.exp(0.5) + 1.0) / 2)
     assert metrics["rollout_ratio_mean"].item() == pytest.approx((math.exp(0.5) + 1.0) / 2)
+
+
+def test_a_drift_equal_to_the_threshold_is_kept():
+    """On-policy the drift is exactly 0: a threshold of 0 drops what drifted, not everything."""
+    logprob, bad = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([-1.0])
+    for old, dropped in ((logprob.detach(), 0.0), (logprob.detach() + 0.1, 1.0)):
+        loss, metrics = policy_loss(logprob, old, bad, off_policy_threshold=0.0)
+        assert metrics["off_policy_dropped"] == dropped
+        assert (loss == 0) == bool(dropped)
+
+
+def test_a_weight_equal_to_its_bound_is_kept():
+    logprob, advantages = torch.tensor([[-1.0, -2.0]]), torch.tensor([1.0])
+    options = dict(rollout_logprob=logprob, correction="token_mask", correction_min=0.5, correction_max=1.0)
+    loss, metrics = policy_loss(logprob, logprob, advantages, **options)
+    assert (loss, metrics["rollout_dropped"]) == (-1.0, 0.0)
+
+
+def test_top_entropy_by_threshold_asks_the_fused_head_for_entropy():
+    hidden, weight = torch.eye(2), torch.tensor([[0.0, 9.0], [0.0, 0.0]])  # row 0 is uniform, row 1 nearly certain
+    batch = {"advantages": torch.ones(2), "entropy_threshold": 0.5}
+    loss_fn = PolicyLoss("ppo", top_entropy=0.5)
+    out = fused_linear_loss(hidden, weight, torch.zeros(2, dtype=torch.long), loss_fn, batch=batch)
+    assert out.loss == -0.5

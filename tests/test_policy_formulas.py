@@ -95,6 +95,22 @@ def clip_cov_value():
     return sum(x) / 5
 
 
+def total_variation(p, q):
+    return abs(p - q)
+
+
+def binary_kl(p, q):
+    return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+
+def dppo_term(i, t, distance):
+    """Sequence 0 wants its tokens likelier, sequence 1 less likely; a token that went too far that way is dropped."""
+    p, q = math.exp(NOW[i][t]), math.exp(OLD[i][t])
+    onwards = p > q if ADV[i] > 0 else p < q
+    dropped = onwards and distance(p, q) > DPPO["clip_high" if ADV[i] > 0 else "clip_low"]
+    return 0.0 if dropped else -min(p / q, DPPO["ratio_max"]) * ADV[i] * NOW[i][t]
+
+
 def clip_tokens(low, high):
     return tokens(lambda i, t: ppo_term(ratio(i, t), ADV[i], low, high))
 
@@ -113,14 +129,25 @@ EXPECTED = {
     "luspo": lambda: seq_sum(clip_sequences(2e-3, 2.5e-3)),
     "reinforce": lambda: seq_sum(tokens(lambda i, t: -ADV[i] * NOW[i][t])),
     "gpg": lambda: token_mean(tokens(lambda i, t: -ADV[i] * NOW[i][t])),
-    "cispo": lambda: token_mean(tokens(lambda i, t: -min(ratio(i, t), 1.7) * ADV[i] * NOW[i][t])),
+    "cispo": lambda: token_mean(tokens(lambda i, t: -min(max(ratio(i, t), 0.7), 1.7) * ADV[i] * NOW[i][t])),
     "sapo": lambda: grpo_mean(tokens(sapo_term)),
     "vespo": lambda: token_mean(tokens(vespo_term)),
     "geo_mean": lambda: (geo_mean_term(0) + geo_mean_term(1)) / 2,
     "kl_cov": kl_cov_value,
+    "dppo_tv": lambda: token_mean(tokens(lambda i, t: dppo_term(i, t, total_variation))),
+    "dppo_kl": lambda: token_mean(tokens(lambda i, t: dppo_term(i, t, binary_kl))),
+    "dro": lambda: token_mean(tokens(lambda i, t: -ADV[i] * NOW[i][t] + 0.05 * (NOW[i][t] - OLD[i][t]) ** 2)),
     "clip_cov": clip_cov_value,
 }
-OWN = {"dr_grpo": {"max_length": 16}, "cispo": {"clip_high": 1.7}, "clip_cov": {"cov_low": 0.3, "cov_high": 50.0}}
+DETACHED = ("cispo", "vespo", "dppo_tv", "dppo_kl")  # the weight of a token's gradient is a constant
+DPPO = {"clip_low": 1e-5, "clip_high": 0.01, "ratio_max": 1.7}
+OWN = {
+    "dppo_tv": DPPO,
+    "dppo_kl": DPPO,
+    "dr_grpo": {"max_length": 16},
+    "cispo": {"clip_high": 1.7, "ratio_min": 0.7},
+    "clip_cov": {"cov_low": 0.3, "cov_high": 50.0},
+}
 
 
 def batch():
@@ -193,11 +220,13 @@ def test_metrics_in_plain_python():
 def test_gradcheck_of_the_reference(kind):
     """Finite differences where nothing is detached; the score-function kinds hold their weight constant by design."""
     case = make_batch((4, 2, 3), 4, seed=11, spread=0.6)
-    detached = kind in ("cispo", "vespo")
+    detached = kind in DETACHED
     options = {**options_of(kind), "beta": 0.1, "entropy_coef": 0.02, "noise": case["noise"]}
     constants = {k: case[k] for k in ("old_logprob", "advantages", "mask", "ref_logprob")}
     if detached:
         options["clip_high"] = 1e-9 if kind == "cispo" else 0.2  # the weight is the constant clip_high
+        if kind.startswith("dppo"):
+            options["ratio_max"] = 0.01
         if kind == "vespo":
             options |= {"k_pos": 0.0, "k_neg": 0.0, "lambda_pos": 0.0, "lambda_neg": 0.0}  # phi = 1
 
@@ -208,7 +237,7 @@ def test_gradcheck_of_the_reference(kind):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-@pytest.mark.parametrize("kind", ["cispo", "vespo"])
+@pytest.mark.parametrize("kind", DETACHED)
 def test_detached_weights_carry_no_gradient(kind):
     """dL/dlogprob = weight of the token: the loss is linear in logprob, with the ratio's weight held fixed."""
     case = make_batch((4, 2, 3), 4, seed=11, spread=0.6)

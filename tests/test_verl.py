@@ -61,13 +61,23 @@ LOSSES = {
     "gspo": ("gspo", {}),
     "sapo": ("sapo", {"tau_neg": 1.0625}),
     "gpg": ("gpg", {}),
-    "cispo": ("cispo", {"clip_ratio_low": 1.0}),  # ours has no lower bound
+    "cispo": ("cispo", {"clip_ratio_low": 0.3}),
     "geo_mean": ("geo_mean", {}),
     "kl_cov": ("kl_cov", {}),
     "clip_cov": ("clip_cov", {}),
+    "dppo_tv": ("dppo_tv", {"clip_ratio_low": 0.05, "clip_ratio_high": 0.1, "clip_ratio_c": 1.5}),
+    "dppo_kl": ("dppo_kl", {"clip_ratio_low": 0.01, "clip_ratio_high": 0.02, "clip_ratio_c": 1.5}),
+    "dro": ("dro", {}),
 }
 # all eligible tokens are taken: verl draws them at random
-COV = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.5, "kl_cov_ratio": 0.3, "ppo_kl_coef": 0.7}
+COV = {
+    "clip_cov_ratio": 1.0,
+    "clip_cov_lb": 0.05,
+    "clip_cov_ub": 0.5,
+    "kl_cov_ratio": 0.3,
+    "ppo_kl_coef": 0.7,
+    "dro_beta": 0.3,
+}
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -97,7 +107,7 @@ def test_policy_losses(verl, case, mode, info, weighted):
     torch.testing.assert_close(mine[1], theirs[1], rtol=1e-7, atol=1e-10)
     assert mine[1].abs().max() > 0
     assert all(isinstance(v, float) for v in mine[2].values())
-    compared = {"actor/ppo_kl", "actor/pg_clipfrac"} if kind in ("ppo", "gspo") else set()
+    compared = {"actor/ppo_kl", "actor/pg_clipfrac"} if kind in ("ppo", "gspo", "dppo_tv", "dppo_kl") else set()
     if kind == "ppo":
         assert mine[2]["actor/pg_clipfrac"] > 0
         compared.add("actor/pg_clipfrac_lower")

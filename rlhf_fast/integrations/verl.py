@@ -130,12 +130,12 @@ def registered_policy_loss(
 
 
 def _clips(kind: str, config: Any) -> dict[str, Any]:
-    """verl's clip ranges. For cispo clip_high is the cap of the ratio itself, and there is no lower one."""
+    """verl's clip ranges. For cispo both are bounds of the ratio itself."""
     low, high = (
         config.clip_ratio if value is None else value for value in (config.clip_ratio_low, config.clip_ratio_high)
     )
     if kind == "cispo":
-        return {"clip_high": 1 + high}
+        return {"clip_high": 1 + high, "ratio_min": max(1 - low, 0.0)}
     options = {"clip_low": low, "clip_high": high}
     return {**options, "dual_clip": config.get("clip_ratio_c", 3.0)} if kind == "ppo" else options
 
@@ -145,7 +145,11 @@ def _own_options(kind: str, config: Any) -> dict[str, Any]:
         return {"temperature_pos": config.tau_pos, "temperature_neg": config.tau_neg}
     if kind == "gspo":
         return {"importance_level": "sequence_token"}
+    if kind.startswith("dppo"):
+        return {"ratio_max": config.get("clip_ratio_c", 20.0)}
     own = config.policy_loss
+    if kind == "dro" and own.dro_beta is not None:
+        return {"dro_beta": own.dro_beta}
     if kind == "clip_cov":
         return {"fraction": own.clip_cov_ratio, "cov_low": own.clip_cov_lb, "cov_high": own.clip_cov_ub}
     if kind == "kl_cov":

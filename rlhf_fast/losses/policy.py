@@ -37,7 +37,7 @@ class PolicyLoss(ReadyMade):
 
     Args:
         kind: a registered name: ppo, grpo, dapo, dr_grpo, bnpo, gspo, luspo, cispo, sapo, vespo, gpg, geo_mean,
-            clip_cov, kl_cov, reinforce, or your own.
+            clip_cov, kl_cov, dppo_tv, dppo_kl, dro, reinforce, or your own.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high None: as clip_low.
             For cispo clip_high is the cap itself.
         delta: upper bound of the unclipped ratio (INTELLECT-2). dual_clip: bound of the loss, dual_clip |A|, where

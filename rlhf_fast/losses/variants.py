@@ -129,15 +129,16 @@ def gpg(x: PolicyTerms, o: PolicyLoss):
     return -x.advantages * x.logprob
 
 
-@register_policy_loss("cispo", aggregation="token_mean", clip_high=5.0)
+@register_policy_loss("cispo", aggregation="token_mean", clip_high=5.0, params={"ratio_min": 0.0})
 def cispo(x: PolicyTerms, o: PolicyLoss):
-    """CISPO (MiniMax-M1 2025, eq. 4): -sg(min(r, clip_high)) A logprob. Every token keeps a gradient.
+    """CISPO (MiniMax-M1 2025, eq. 4): -sg(clip(r, ratio_min, clip_high)) A logprob. Every token keeps a gradient.
 
-    `clip_high` is the cap itself, not an offset from 1 (as in TRL; 5.0 after ScaleRL). No lower bound.
+    `clip_high` is the cap itself, not an offset from 1 (as in TRL; 5.0 after ScaleRL). No lower bound, as the paper and
+    TRL; verl's is ratio_min = 1 - clip_low.
     """
-    capped = x.ratio > o.clip_high
-    indicators = {"clip_fraction": capped & (x.advantages > 0)}
-    return -x.ratio.clamp(max=o.clip_high).detach() * x.advantages * x.logprob, indicators
+    weight = x.ratio.detach().clamp(o.params["ratio_min"], o.clip_high)
+    indicators = clip_indicators(x, o.params["ratio_min"], o.clip_high)
+    return -weight * x.advantages * x.logprob, indicators
 
 
 @register_policy_loss(
@@ -239,3 +240,52 @@ def clip_cov(x: PolicyTerms, o: PolicyLoss):
 def kl_cov(x: PolicyTerms, o: PolicyLoss):
     """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl."""
     return -x.ratio * x.advantages + o.params["coef"] * x.batch["held"] * x.token_log_ratio.abs()
+
+
+# ---- a trust region of probabilities -----------------------------------------------------------------------
+
+
+def _trust_region(x: PolicyTerms, o: PolicyLoss, distance: Tensor) -> tuple[Tensor, Indicators]:
+    """-sg(min(r, ratio_max)) A logprob, without the tokens whose step away from the old policy is longer than allowed.
+
+    `distance` (n,): of the two policies at the token; more than clip_high upwards, or clip_low downwards, is too far.
+    """
+    moved = x.token_log_ratio.detach()
+    above = (distance > o.clip_high) & (moved > 0) & (x.advantages > 0)
+    below = (distance > o.clip_low) & (moved < 0) & (x.advantages <= 0)
+    weight = x.ratio.detach().clamp(max=o.params["ratio_max"]).masked_fill(above | below, 0.0)
+    below = below & (x.advantages < 0)
+    indicators = {"clip_fraction": above | below, "clip_fraction_low": below, "clip_fraction_high": above}
+    return -weight * x.advantages * x.logprob, indicators
+
+
+def _two_policies(x: PolicyTerms) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (n,) of now and then, constant."""
+    now = x.logprob.detach()
+    return now, now - x.token_log_ratio.detach()
+
+
+@register_policy_loss("dppo_tv", aggregation="token_mean", clip_low=0.2, params={"ratio_max": 20.0})
+def dppo_tv(x: PolicyTerms, o: PolicyLoss):
+    """DPPO (2026, arXiv 2602.04879) by total variation of the sampled token against the rest, |p - p_old|. As verl.
+
+    The clips bound a divergence and not a ratio: rare tokens move freely, likely ones do not.
+    """
+    now, old = _two_policies(x)
+    return _trust_region(x, o, (now.exp() - old.exp()).abs())
+
+
+@register_policy_loss("dppo_kl", aggregation="token_mean", clip_low=0.2, params={"ratio_max": 20.0})
+def dppo_kl(x: PolicyTerms, o: PolicyLoss):
+    """DPPO by KL(old || new) of the sampled token against the rest, the rest's shares + 1e-8. As verl."""
+    now, old = _two_policies(x)
+    rest, old_rest = -torch.expm1(now), -torch.expm1(old)
+    distance = old.exp() * (old - now) + old_rest * torch.log((old_rest + 1e-8) / (rest + 1e-8))
+    return _trust_region(x, o, distance)
+
+
+@register_policy_loss("dro", aggregation="token_mean", params={"dro_beta": 0.1})
+def dro(x: PolicyTerms, o: PolicyLoss):
+    """DRO (Richemond et al. 2024, arXiv 2405.19107): -(A logprob - dro_beta / 2 (log r)^2). No ratio, no clip. As verl,
+    where dro_beta has no default."""
+    return -x.advantages * x.logprob + 0.5 * o.params["dro_beta"] * x.token_log_ratio.square()

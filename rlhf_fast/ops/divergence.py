@@ -105,13 +105,16 @@ def linear_divergence(
     ref = _check_operands("ref_", ref_hidden, ref_weight, ref_bias)
     lead = hidden.shape[:-1]
     _check_pair(own, ref, lead, weights, mask)
+    tensors = dict(hidden=hidden, weight=weight, bias=bias)
+    tensors |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    _checks.check_no_tangent("linear_divergence", **tensors)
     options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     tf, ref_tf = check_transform(**options), check_transform(**options | _check_options(ref_options))
     scalars = (kind, share, *tf, *ref_tf, *check_chunk(chunk_size, memory_budget))
     tensors = [*own[:3], *ref[:3]]
     for i in (0, 3):
         tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
-    keep = None if mask is None else mask.reshape(-1)
+    keep = None if mask is None else mask.reshape(-1).bool()
     if weights is None:
         return _linear_divergence(*tensors, keep, *scalars)[0].reshape(lead)
     nonzero = weights.reshape(-1) != 0
@@ -163,8 +166,6 @@ def _check_pair(own: Operands, ref: Operands, lead: torch.Size, weights: Tensor 
             raise ValueError("weights requires grad, but the fused sum differentiates the heads alone: detach it")
     if mask is not None:
         _checks.check_shape("mask", mask, lead, "hidden's leading shape")
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {mask.dtype}")
     _checks.check_same_device(hidden=own.hidden, ref_hidden=ref.hidden, weights=weights, mask=mask)
 
 

@@ -46,6 +46,7 @@ def logprob_from_logits(
         torch.Size([2, 3])
     """
     _check_logits(logits)
+    _checks.check_no_tangent("logprob_from_logits", logits=logits)
     _checks.check_tensor("target", target)
     lead, several = logits.shape[:-1], target.dim() == logits.dim()
     if not several:

@@ -31,11 +31,16 @@ class _K3(torch.autograd.Function):
     Clamped on the side that overflows only: far above the reference the slope stays 1 and pulls back.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(delta)
+    def forward(delta: Tensor) -> Tensor:
         x = (-delta).clamp(max=MAX_LOG_RATIO)
         return torch.expm1(x) - x
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def linear_logprob(
     tf = check_transform(temperature, logit_scale, softcap)
     chunk, budget = check_chunk(chunk_size, memory_budget)
     a, b, scaling = check_lora(lora, hidden, weight)
+    _checks.check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias, lora_a=a, lora_b=b)
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if a is None and not token_stats and chunk is None and wanted(hidden, weight, bias).any and _may_keep(hidden):
         call = Call(tf, ignore_index, chunk, budget)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import _backend, _backend_policy
+from rlhf_fast import _backend, _backend_policy, _checks
 from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._policy_terms import SUMS, ClipTerms, stat_dtype
 from rlhf_fast.ops._policy_torch import blocked_torch_clip, ratio_range, torch_clip
@@ -49,6 +49,7 @@ def clip_loss(
     length: int = 0,
 ) -> ClipResult:
     """The op on prepared vectors. Trusts its caller, `losses.PolicyLoss`, for shapes."""
+    _checks.check_no_tangent("policy_loss", logprob=logprob, entropy=entropy)
     loss, sums, dlogprob, dentropy = torch.ops.rlhf_fast.policy_clip(
         logprob, old_logprob, advantages, weight, policy_weight, ref_logprob, entropy, entropy_weight,
         terms.clip_low, terms.clip_high, terms.delta, terms.dual_clip,

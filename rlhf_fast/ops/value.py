@@ -237,6 +237,7 @@ def masked_whiten(
     _checks.check_positive("eps", eps)
     for name, flag in {"shift_mean": shift_mean, "unbiased": unbiased}.items():
         _checks.check_flag(name, flag)
+    _checks.check_no_tangent("masked_whiten", values=values)
     if mask is not None:
         _checks.check_mask("mask", mask, values.shape, "values' shape ")
         _checks.check_same_device(values=values, mask=mask)

@@ -36,7 +36,7 @@ def kl_estimate(
         "k3": torch.expm1(bounded) - bounded,
     }
     value, slope = values[estimator], values[gradient or estimator]
-    return slope + (value - slope).detach()
+    return value.detach() + (slope - slope.detach())
 
 
 # ---- the loss of each token of one sequence ----------------------------------------------------------------
@@ -67,8 +67,31 @@ def _vanilla(s: SimpleNamespace, o: SimpleNamespace) -> Tensor:
 
 
 def _cispo(s: SimpleNamespace, o: SimpleNamespace) -> Tensor:
-    """MiniMax-M1 eq. 4, upper bound only."""
-    return -s.ratio.detach().clamp(max=o.clip_high) * s.advantages * s.logprob
+    """MiniMax-M1 eq. 4, upper bound only unless there is a ratio_min."""
+    return -s.ratio.detach().clamp(o.params["ratio_min"], o.clip_high) * s.advantages * s.logprob
+
+
+def _beyond(s: SimpleNamespace, o: SimpleNamespace, kind: str) -> Tensor:
+    """Tokens that left DPPO's trust region and would go on (arXiv 2602.04879, the binary divergences)."""
+    p, q = s.logprob.detach().exp(), s.old.exp()
+    distance = (p - q).abs()
+    if kind == "dppo_kl":
+        distance = q * (s.old - s.logprob.detach()) + (1 - q) * torch.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    up, down = (distance > o.clip_high) & (p > q), (distance > o.clip_low) & (p < q)
+    return torch.where(s.advantages > 0, up, down)
+
+
+def _dppo(kind: str) -> Callable[[SimpleNamespace, SimpleNamespace], Tensor]:
+    def loss(s: SimpleNamespace, o: SimpleNamespace) -> Tensor:
+        weight = s.ratio.detach().clamp(max=o.params["ratio_max"]) * ~_beyond(s, o, kind)
+        return -weight * s.advantages * s.logprob
+
+    return loss
+
+
+def _dro(s: SimpleNamespace, o: SimpleNamespace) -> Tensor:
+    """Richemond et al. 2024, the policy's part of the objective."""
+    return -(s.advantages * s.logprob - o.params["dro_beta"] / 2 * s.log_ratio**2)
 
 
 def _sapo(s: SimpleNamespace, o: SimpleNamespace) -> Tensor:
@@ -122,12 +145,15 @@ KINDS: dict[str, tuple[Callable, str, dict, dict]] = {
     "luspo": (_clip, "seq_mean_token_sum", {**_SEQUENCE, "clip_low": 2e-3, "clip_high": 2.5e-3}, {}),
     "reinforce": (_vanilla, "seq_mean_token_sum", {}, {}),
     "gpg": (_vanilla, "token_mean", {}, {}),
-    "cispo": (_cispo, "token_mean", {"clip_high": 5.0}, {}),
+    "cispo": (_cispo, "token_mean", {"clip_high": 5.0}, {"ratio_min": 0.0}),
     "sapo": (_sapo, "seq_mean_token_mean", {}, {"temperature_pos": 1.0, "temperature_neg": 1.05}),
     "vespo": (_vespo, "token_mean", {}, _GAMMA),
     "geo_mean": (_geo_mean, "seq_mean_token_mean", {"clip_low": 0.4, "clip_high": 0.4}, {}),
     "clip_cov": (_clip_cov, "token_mean", _CLIP, _COV),
     "kl_cov": (_kl_cov, "token_mean", {}, {"fraction": 2e-4, "coef": 1.0}),
+    "dppo_tv": (_dppo("dppo_tv"), "token_mean", _CLIP, {"ratio_max": 20.0}),
+    "dppo_kl": (_dppo("dppo_kl"), "token_mean", _CLIP, {"ratio_max": 20.0}),
+    "dro": (_dro, "token_mean", {}, {"dro_beta": 0.1}),
 }
 
 _OPTIONS = {
@@ -302,13 +328,21 @@ def _metrics(sequences: list[SimpleNamespace], policy_term: Tensor, kind: str, o
     if kind == "geo_mean":
         low, high = -o.clip_low, o.clip_high
     elif kind == "cispo":
-        low, high = 0.0, o.clip_high
+        low, high = o.params["ratio_min"], o.clip_high
+
+    def outside(s: SimpleNamespace, side: int) -> Tensor:
+        if kind.startswith("dppo"):
+            beyond = _beyond(s, o, kind)
+        else:
+            beyond = of(s) < low if side < 0 else of(s) > high
+        return beyond & (side * s.advantages > 0)
+
     metrics = {
         "policy_loss": policy_term.detach(),
         "ratio_mean": mean(lambda s: s.ratio),
         "approx_kl": mean(lambda s: torch.expm1(s.log_ratio.clamp(-20, 20)) - s.log_ratio.clamp(-20, 20)),
-        "clip_fraction_low": mean(lambda s: (of(s) < low) & (s.advantages < 0)),
-        "clip_fraction_high": mean(lambda s: (of(s) > high) & (s.advantages > 0)),
+        "clip_fraction_low": mean(lambda s: outside(s, -1)),
+        "clip_fraction_high": mean(lambda s: outside(s, 1)),
         "off_policy_dropped": mean(lambda s: 1 - s.kept),
         "cov_fraction": mean(lambda s: s.selected),
     }
