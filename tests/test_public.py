@@ -1,15 +1,18 @@
 """The public surface: what `import rlhf_fast` brings, that every op has its oracle, that the examples run."""
 
 import doctest
+import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import rlhf_fast
 from rlhf_fast import reference
+from rlhf_fast.losses import preference_kinds, registry
 
 NOT_OPS = ("register", "options")
 OPS = [
@@ -56,3 +59,24 @@ def test_annotations_on_public_functions(name):
     assert signature.return_annotation is not inspect.Signature.empty
     missing = [p for p, q in signature.parameters.items() if q.annotation is inspect.Parameter.empty]
     assert not missing, f"{name}: {missing}"
+
+
+SOURCE = Path(rlhf_fast.__file__).parent
+EXAMPLES = [p.relative_to(SOURCE).with_suffix("") for p in sorted(SOURCE.rglob("*.py")) if ">>> " in p.read_text()]
+NEEDS = {"trainers": "transformers", "integrations": "transformers"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.as_posix())
+def test_every_example_runs(path, monkeypatch, tmp_path):
+    """Of all modules, not of the public ops alone: classes, registration, trainers, integrations."""
+    if path.parts[0] in NEEDS:
+        pytest.importorskip(NEEDS[path.parts[0]])
+    monkeypatch.chdir(tmp_path)
+    for module in (preference_kinds, registry):  # what an example registers is gone after it
+        monkeypatch.setattr(module, "_VARIANTS", dict(module._VARIANTS))
+    module = importlib.import_module(".".join(("rlhf_fast", *path.parts)))
+    names = {name: getattr(rlhf_fast, name) for name in rlhf_fast.__all__} | {"torch": torch}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    tests = [t for t in doctest.DocTestFinder().find(module, extraglobs=names) if t.examples]
+    assert tests
+    assert sum(runner.run(t).failed for t in tests) == 0
