@@ -73,7 +73,7 @@ def linear_divergence(
             Liger, which read 0 as our "forward" and 1 as "reverse"; the limits of the formula itself are 0.
         weights: (N,) or (...) float, constant. Given, the result is the weighted sum, whose gradient is formed here:
             put masks and normalisers in. Rows of weight 0 reach no product, and their divergence is given as 0.
-        mask: (N,) or (...) bool, True = counts. Rows that do not count have divergence 0 and reach no product.
+        mask: (N,) or (...), True (not 0) = counts. Rows that do not count have divergence 0 and reach no product.
         bias, ref_bias: (V,) or None. Differentiable.
         temperature: > 0. The last step: after scale and softcap.
         logit_scale, softcap: as in `linear_logprob`.
@@ -165,7 +165,7 @@ def _check_pair(own: Operands, ref: Operands, lead: torch.Size, weights: Tensor 
         if weights.requires_grad and torch.is_grad_enabled():
             raise ValueError("weights requires grad, but the fused sum differentiates the heads alone: detach it")
     if mask is not None:
-        _checks.check_shape("mask", mask, lead, "hidden's leading shape")
+        _checks.check_mask("mask", mask, lead, "hidden's leading shape")
     _checks.check_same_device(hidden=own.hidden, ref_hidden=ref.hidden, weights=weights, mask=mask)
 
 
