@@ -107,7 +107,7 @@ def requested_backend() -> str | None:
 
 
 def head_road() -> str:
-    """How a head's forward is computed on a GPU, from RLHF_FAST_HEAD: "tiles" (the default) or "epilogue"."""
+    """How a head is computed on a GPU, from RLHF_FAST_HEAD: "tiles" (the default) or "epilogue"."""
     name = os.environ.get("RLHF_FAST_HEAD") or HEAD_ROADS[0]
     if name not in HEAD_ROADS:
         raise ValueError(f"RLHF_FAST_HEAD must be one of {', '.join(HEAD_ROADS)}, got {name!r}")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = "0"  # before triton decorates anything
 
 import triton
-from rlhf_fast.kernels import divergence, head_stats, policy, row_pass
+from rlhf_fast.kernels import divergence, head_exp, head_stats, policy, row_pass
 from rlhf_fast.kernels._common import EXACT, next_pow2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -204,6 +204,17 @@ def _head_stats(sm: int) -> list[Config]:
         label = " ".join(["head_stats", z, *options])
         config = _config(label, head_stats.head_stats_kernel, types, constants, own.warps)
         out.append(config._replace(num_stages=own.stages))
+    types = {"hidden": f"tensordesc<bf16[{own.block_n},{own.block_d}]>", "pre": "fp32", "target_ptr": "*i64"}
+    types |= {
+        "weight": f"tensordesc<bf16[{own.block_v},{own.block_d}]>",
+        "out": f"tensordesc<bf16[{own.block_n},{own.block_v // 4}]>",
+    }
+    types |= dict.fromkeys(("part_ptr", "picked_ptr", "shift_ptr"), "*fp32")
+    types |= dict.fromkeys(("n", "v", "d", "blocks_n", "blocks_v", "tiles", "programs", "group"), "i32")
+    constants = {"BLOCK_N": own.block_n, "BLOCK_V": own.block_v, "BLOCK_D": own.block_d}
+    constants |= {"bias_ptr": None, "HAS_BIAS": False}
+    config = _config("head_exp bf16", head_exp.head_exp_kernel, types, constants, own.warps)
+    out.append(config._replace(num_stages=own.stages))
     vectors = ("part_ptr", "picked_ptr", "logprob_ptr", "max_ptr", "logsum_ptr", "entropy_ptr")
     types = {"target_ptr": "*i64"} | dict.fromkeys(vectors, "*fp32") | dict.fromkeys(("n", "v", "blocks_v"), "i32")
     constants = {"ROWS": head_stats.COMBINE_ROWS, "TILES": head_stats.COMBINE_TILES, "HAS_ENTROPY": True}
@@ -350,6 +361,8 @@ def dry_launches() -> list[str]:
         config, half = head_stats.config_for(90), torch.zeros(4, 64, dtype=torch.bfloat16)
         outputs = {**stats, "logprob": f, "entropy": f, "config": config, "programs": 2}
         head_stats.head_stats(half, torch.zeros_like(half), target, None, **plain, **outputs)
+        narrow = torch.zeros(4, 16, dtype=torch.bfloat16)[:, :4]
+        head_exp.head_exp(half, half, target, None, f, pre=1.0, out=narrow, config=config, programs=2)
         policy.policy_clip_fwd(x, None, x, x, clip_low=0.2, clip_high=0.2)
         terms = {"delta": 2.0, "dual_clip": 3.0, "beta": 0.1, "kl_correction": True, "entropy_coef": 0.1}
         policy.policy_clip_fwd(*[x] * 8, clip_low=0.2, clip_high=0.2, **terms)

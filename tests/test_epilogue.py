@@ -1,4 +1,4 @@
-"""The forward without a tile of logits, through the interpreter, against fp64 and against the tiles.
+"""A head's epilogue roads, through the interpreter, against fp64 and against the tiles.
 
 fp16 only: the interpreter multiplies the bit patterns of bf16 matrices. `test_triton_aot.py` compiles both.
 """
@@ -172,10 +172,85 @@ def test_a_misspelt_road_is_an_error(device, monkeypatch):
     assert _backend.HEAD_ROADS[0] == "tiles"
 
 
-def test_fused_loss_keeps_its_tiles(device):
-    """Its gradient needs them."""
-    hidden, weight, target, _ = make(9, 16, 50, device)
-    hidden.requires_grad_()
-    out = fused_linear_loss(hidden, weight, target, lambda lp, h, b: -lp.sum())
-    want = -reference.linear_logprob(hidden.double(), weight.double(), target).logprob.sum()
-    torch.testing.assert_close(out.loss.double(), want, rtol=1e-4, atol=1e-3)
+# ---- the gradient by epilogue -------------------------------------------------------------------------------
+
+
+def fused(n, d, v, device, weights, *, spread=1.0, chunk=None, row=None, **form):
+    """(ours, truth): loss and the gradients of hidden, weight and bias of a weighted sum of log-probabilities."""
+    hidden, weight, target, bias = make(n, d, v, device, bias=True)
+    hidden = (hidden * spread).half()
+    target[2] = -100
+    if row is not None:
+        hidden[4] = row
+    results = []
+    for fn, wide in ((fused_linear_loss, False), (reference.fused_linear_loss, True)):
+        leaves = [(x.double() if wide else x).detach().requires_grad_() for x in (hidden, weight, bias)]
+        loss = lambda lp, h, batch: -(lp * batch["w"].to(lp)).sum()  # noqa: E731
+        options = dict(bias=leaves[2], batch={"w": weights}, **form) | ({} if wide else dict(chunk_size=chunk))
+        out = fn(leaves[0], leaves[1], target, loss, **options)
+        results.append([out.loss, out.logprob, *torch.autograd.grad(out.loss, leaves)])
+    return results
+
+
+@pytest.fixture
+def no_pass(monkeypatch):
+    """The ordinary road's passes are out of order."""
+    from rlhf_fast.ops import _head
+
+    def refuse(*_, **__):
+        raise AssertionError("a pass over the tile")
+
+    monkeypatch.setattr(_head, "row_dlogits", refuse)
+    monkeypatch.setattr(_head, "row_stats", refuse)
+
+
+def agree(ours, truth):
+    """The gradients within two roundings of fp16 of their largest entry."""
+    loss, logprob, *grads = ours
+    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logprob.double(), truth[1], rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, truth[2:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2**-10 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("form", [{}, dict(temperature=0.8, logit_scale=0.7)], ids=["plain", "scaled"])
+def test_fused_gradients_without_a_pass_over_the_tile(form, device, no_pass):
+    """Several tiles; half of the rows have no gradient and are dropped, with holes on either side."""
+    weights = torch.randn(37, device=device) * (torch.arange(37, device=device) % 2)
+    agree(*fused(37, 40, 301, device, weights, chunk=16, **form))
+
+
+def test_fused_gradient_of_a_near_certain_target(device, no_pass):
+    """1 - p is not the difference of two rounded numbers."""
+    weights = torch.zeros(9, device=device)
+    weights[4] = 1e4
+    _, weight, target, _ = make(9, 16, 50, device, bias=True)
+    row = 5 * weight[int(target[4])].float() / weight[int(target[4])].float().norm()
+    ours, truth = fused(9, 16, 50, device, weights, row=row.half())
+    assert -2e-2 < truth[1][4] < -1e-4
+    agree(ours, truth)
+
+
+def test_a_tile_that_overflows_takes_the_ordinary_road(device):
+    """A target a hundred below the maximum: exp(100) is not a number for fp32's products."""
+    weights = torch.randn(20, device=device)
+    ours, truth = fused(20, 16, 50, device, weights, spread=30.0, chunk=16)
+    assert truth[1].min() < -100
+    torch.testing.assert_close(ours[1].double(), truth[1], rtol=1e-5, atol=1e-3)
+    for a, b in zip(ours[2:], truth[2:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2**-9 * float(b.abs().max()))
+
+
+def test_entropy_softcap_and_adapters_take_the_ordinary_road(device):
+    from rlhf_fast.ops._epilogue_head import serves
+    from rlhf_fast.ops._head import Lora, Wanted
+
+    hidden, weight, *_ = make(9, 16, 50, device)
+    if hidden.is_cuda:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    want, lora = Wanted(True, True, False), Lora(weight[:2], weight[:, :2])
+    assert serves(hidden, weight, Transform(), want, None, False)
+    assert not serves(hidden, weight, Transform(), want, None, True)
+    assert not serves(hidden, weight, Transform(softcap=5.0), want, None, False)
+    assert not serves(hidden, weight, Transform(), want, lora, False)
+    assert not serves(hidden, weight, Transform(), Wanted(False, False, False), None, False)

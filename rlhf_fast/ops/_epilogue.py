@@ -27,7 +27,7 @@ def applies(hidden: Tensor, weight: Tensor) -> bool:
         return False
     # Triton's interpreter multiplies the bit patterns of bf16 matrices
     dtypes = (torch.bfloat16, torch.float16) if hidden.is_cuda else (torch.float16,)
-    return hidden.dtype in dtypes and _aligned(weight) and _processor(hidden.device)[0] >= 90
+    return hidden.dtype in dtypes and aligned(weight) and _processor(hidden.device)[0] >= 90
 
 
 def rows_per_launch(vocab: int, device: torch.device, budget: int | None) -> int:
@@ -47,7 +47,7 @@ def stats(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, tf: Tr
     result = RowStats(*out[:3], out[3] if entropy else None)
     with _backend.on_device(h):
         head_stats.head_stats(
-            h if _aligned(h) else h.clone(memory_format=torch.contiguous_format),
+            h if aligned(h) else h.clone(memory_format=torch.contiguous_format),
             weight,
             target.contiguous(),
             None if bias is None else bias.float().contiguous(),
@@ -59,7 +59,18 @@ def stats(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, tf: Tr
     return result
 
 
-def _aligned(matrix: Tensor) -> bool:
+def exponentials(
+    h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, shift: Tensor, pre: float, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """exp(s - shift) into `out`; its sum over each row and s of the target, (n,) each."""
+    from rlhf_fast.kernels import head_exp, head_stats
+
+    capability, programs = _processor(h.device)
+    config = head_stats.config_for(capability)
+    return head_exp.head_exp(h, weight, target, bias, shift, pre=pre, out=out, config=config, programs=programs)
+
+
+def aligned(matrix: Tensor) -> bool:
     """Whether the rows are contiguous and start on 16 bytes each, as TMA wants them."""
     start, step = matrix.data_ptr(), matrix.stride(0) * matrix.element_size()
     return matrix.stride(1) == 1 and start % 16 == 0 and step % 16 == 0 and step > 0

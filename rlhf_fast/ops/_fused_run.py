@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
+from rlhf_fast.ops import _epilogue_head
 from rlhf_fast.ops._head import Head, Lora, Wanted, tile_rows
 from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
@@ -52,11 +53,18 @@ def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, cal
     live = scored_rows(target, call.ignore_index, vocab if shards is None else shards.vocab)
     count = n if live is None else live.shape[0]
     widest = vocab if shards is None else shards.widest  # the same tiles on every rank
-    step = tile_rows(count, widest, hidden.dtype, hidden.device, call.chunk_size, call.memory_budget)
+    budget, served = call.memory_budget, (hidden, weight, call.tf, call.want, call.lora, call.entropy)
+    by_epilogue = shards is None and _epilogue_head.serves(*served)
+    if by_epilogue:
+        budget = _epilogue_head.tile_budget(hidden, budget)
+    step = tile_rows(count, widest, hidden.dtype, hidden.device, call.chunk_size, budget)
     loss, metrics = hidden.new_zeros((), dtype=dtype), {}
     with torch.autocast(hidden.device.type, enabled=False):
         args = (hidden, weight, bias, call.tf, step, call.want)
-        head = Head(*args, call.lora) if shards is None else sharded_head(*args, shards, call.lora)
+        if shards is not None:
+            head = sharded_head(*args, shards, call.lora)
+        else:
+            head = _epilogue_head.EpilogueHead(*args) if by_epilogue else Head(*args, call.lora)
         whole = getattr(call.loss_fn, "needs_batch", False)  # one chunk; its tiles are recomputed if it has several
         for chunk in _plan(count, max(count, 1) if whole else step, target != call.ignore_index, call.segments):
             rows = slice(chunk.start, chunk.stop) if live is None else live[chunk.start : chunk.stop]

@@ -48,7 +48,7 @@ def _on(backend: str | None, builder: Builder) -> Builder:
 
 
 def _epilogue(builder: Builder) -> Builder:
-    """The forward without a tile of logits, where it can be had."""
+    """By the epilogue of the product, where that can be had."""
 
     def build_on(case: Case, x: Inputs) -> Step:
         from rlhf_fast.ops import _epilogue
@@ -211,8 +211,9 @@ PROVIDERS = [
     Provider(f"{OURS}-loss_fn", "this library, the loss as a user's plain torch function", {"grpo": _grpo_loss_fn}),
     Provider(
         f"{OURS}-epilogue",
-        "this library, RLHF_FAST_HEAD=epilogue: no tile of logits in the forward",
-        {name: _epilogue(_HEAD[name]) for name in ("logprob", "logprob_grad")},
+        "this library, RLHF_FAST_HEAD=epilogue: statistics and exponentials by the product itself",
+        {name: _epilogue(_HEAD[name]) for name in ("logprob", "logprob_grad")}
+        | {"grpo": _epilogue(_grpo), "cross_entropy": _epilogue(_cross_entropy)},
     ),
     Provider(f"{OURS}-apart", "this library, one call a step", {"advantages": _advantages_apart}),
     Provider(f"{OURS}-ids", "this library, groups by id", {"group": _group_by_ids}),
