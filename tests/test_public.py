@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,11 @@ def test_every_example_runs(path, monkeypatch, tmp_path):
     tests = [t for t in doctest.DocTestFinder().find(module, extraglobs=names) if t.examples]
     assert tests
     assert sum(runner.run(t).failed for t in tests) == 0
+
+
+def test_the_table_of_pitfalls_names_tests_that_exist():
+    folder = Path(__file__).parent
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", (folder / "README.md").read_text())
+    assert len(named) > 50
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (folder / file).read_text()]
+    assert missing == []
