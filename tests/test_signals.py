@@ -114,7 +114,8 @@ def test_the_command_ends_with_143_and_a_second_signal_ends_it_at_once(tmp_path)
     assert files.flaw(files.newest(folder / "parts")) is None
     slow = dict(reward_funcs=["resume_cases:slow_reward"], max_steps=100000, save_steps=0, logging_steps=1)
     process = start(folder, "grpo", "slow", **slow)
-    wait_for_rows(process, folder / "slow", 1)
+    wait_for_rows(process, folder / "slow", 4)  # all updates of the first rollout
+    time.sleep(0.5)  # it is in the second one's reward now
     process.send_signal(signal.SIGINT)
     time.sleep(1.5 * ONE)
     process.send_signal(signal.SIGINT)
