@@ -29,7 +29,7 @@ from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
 from rlhf_fast.trainers.restore import check_fits, load_state, load_tensors, load_weights, save_tensors
 from rlhf_fast.trainers.run_log import peak_memory_mb
-from rlhf_fast.trainers.sharding import exact_precision
+from rlhf_fast.trainers.sharding import exact_precision, full_state
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
@@ -236,6 +236,14 @@ class FusedTrainer(Trainer):
         return first_sequences(inputs, count)
 
     # ---- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Under FSDP2 the whole model too, which the Trainer leaves out where its checkpoints are sharded."""
+        state = full_state(self.accelerator, self.model)
+        if state is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """The Trainer's files, written as `rlhf_fast.trainers.checkpoint` says."""
