@@ -38,7 +38,9 @@ def rollout(step: int) -> tuple[list[list[int]], list[float]]:
 
 def trainers(folder: Path, ranks: int):
     """(name, trainer): every statistic that could be a process's own is asked for."""
-    sizes = dict(max_steps=40, learning_rate=3e-3, weight_decay=0.1, use_cpu=True, gradient_accumulation_steps=1)
+    sizes = dict(
+        ddp_timeout=123, max_steps=40, learning_rate=3e-3, weight_decay=0.1, use_cpu=True, gradient_accumulation_steps=1
+    )
     common = sizes | dict(per_device_train_batch_size=MICRO, gradient_accumulation_steps=ROWS // MICRO // ranks)
     own = dict(num_generations=GROUP, num_iterations=2, steps_per_generation=None, scale_rewards="batch", beta=0.1)
     options = grpo_config(folder / "grpo", **common | own | dict(loss_type="dapo", share_prompts=False))
@@ -58,6 +60,9 @@ def results(folder: Path, steps: int) -> dict[str, dict]:
     mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
     queries = [prompt for prompt in PROMPTS for _ in range(GROUP)]
     for name, trainer in trainers(folder, ranks):
+        if ranks > 1:
+            backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+            assert backend.options._timeout.total_seconds() == 123, backend.options._timeout
         metrics = []
         for step in range(steps):
             responses, scores = rollout(step)

@@ -21,14 +21,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
@@ -43,7 +41,7 @@ from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import save_model
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
-from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, shard, whole
+from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, join_processes, shard, whole
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 POLICY = "policy"  # the role of the model that a run is about
@@ -76,11 +74,13 @@ class Loop:
         learning_rates: Mapping[str, float] | None = None,
     ):
         self.checkpoint = files.resume_path(config)  # to go on from
+        join_processes(config)
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
-        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, kwargs_handlers=[timeout])
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
         check_launch(self.accelerator, config.stage)
+        if self.sharded and self.checkpoint is not None:
+            raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} under FSDP2 yet")
         self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
         modules = {POLICY: model, **(others or {})}
         if self.sharded:  # before the optimiser, which then knows the shards
@@ -437,6 +437,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     """What callbacks read: the same values under transformers' names."""
     shared = ("output_dir", "run_name", "seed", "logging_steps", "learning_rate", "per_device_train_batch_size")
     shared += ("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "lr_scheduler_type", "use_cpu")
+    shared += ("ddp_timeout",)  # of the process group, which is made here
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in shared},
         report_to=config.report_to,

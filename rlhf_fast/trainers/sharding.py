@@ -9,8 +9,10 @@ instead (`gathered`), and minibatches have as many micro-batches on every proces
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +21,16 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rlhf_fast.trainers.config import RunConfig
+
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def join_processes(config: RunConfig) -> None:
+    """Start the process group where transformers would forget `ddp_timeout`: on the CPU. Before its arguments."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if config.use_cpu and launched and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=config.ddp_timeout))
 
 
 def check_launch(accelerator: Accelerator, stage: str) -> None:

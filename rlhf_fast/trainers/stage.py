@@ -26,6 +26,7 @@ from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
 from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
+from rlhf_fast.trainers.sharding import join_processes
 
 
 def run_stage(
@@ -166,6 +167,7 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
     new = "activation_checkpointing"  # its name from transformers 5.20 or so on
     values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
     values |= config.training_arguments
+    join_processes(config)
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError) as error:
