@@ -10,8 +10,9 @@ transformers = pytest.importorskip("transformers")
 from grpo_cases import exact_norms, experience_of, log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast import reference  # noqa: E402
+from rlhf_fast.losses import policy_loss  # noqa: E402
 from rlhf_fast.losses.registry import policy_loss_kinds  # noqa: E402
-from rlhf_fast.trainers.grpo import GRPOConfig  # noqa: E402
+from rlhf_fast.trainers.grpo import PROPORTIONAL, GRPOConfig  # noqa: E402
 from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 
 BY_COVARIANCE = {"clip_cov", "kl_cov"}  # they select by the log-probabilities of before the update; see below
@@ -149,3 +150,11 @@ def test_options_are_checked_when_they_are_read():
         replace(base, loss_params={"tau": 1.0})
     with pytest.raises(ValueError, match="sync_ref_model moves the reference, and beta=0 has none"):
         replace(base, sync_ref_model=True)
+
+
+@pytest.mark.parametrize("kind", sorted(PROPORTIONAL) + ["dro"])
+def test_rows_of_zero_advantage_may_be_dropped_where_they_have_no_gradient(kind):
+    logprob = (-torch.rand(2, 5)).requires_grad_()
+    loss, _ = policy_loss(logprob, logprob.detach() + 0.3, torch.zeros(2), kind=kind, max_length=5)
+    (grad,) = torch.autograd.grad(loss, logprob)
+    assert grad.eq(0).all() == (kind in PROPORTIONAL)

@@ -49,7 +49,7 @@ from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
 CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo", "geo_mean")
-PROPORTIONAL = frozenset((*CLIPPED, "cispo", "sapo", "vespo", "gpg", "reinforce"))
+PROPORTIONAL = frozenset((*CLIPPED, "cispo", "sapo", "vespo", "gpg", "reinforce", "dppo_tv", "dppo_kl"))
 
 
 class GRPOTrainer(RLTrainer):
