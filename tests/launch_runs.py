@@ -1,5 +1,6 @@
 """Runs of several stages in one launch: `torchrun launch_runs.py FOLDER`; the configurations lie in FOLDER/*.yaml."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ if __name__ == "__main__":
         from ranks import fsdp2_on_the_cpu
 
         fsdp2_on_the_cpu()
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # accelerate launch's own default
     for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
         train(file)
     torch.distributed.destroy_process_group()

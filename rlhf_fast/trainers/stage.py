@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -47,6 +48,7 @@ def run_stage(
     """
     start = time.perf_counter()
     config.check_paths()
+    disable_fsdp_ram_efficient_loading()  # a reference is copied from the weights that every process has loaded
     checkpoint = resume_path(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
