@@ -109,6 +109,8 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _head(base: nn.Module) -> nn.Module:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    # Looking at the weight matters: DeepSpeed (ZeRO-3) notes what the model's forward touches, and gathers it for the
+    # model's backward too.
     if not isinstance(getattr(head, "weight", None), Tensor) and not hasattr(head, "base_layer"):
         raise TypeError(f"{type(base).__name__} has no linear output head: get_output_embeddings() gave {head!r}")
     return head
