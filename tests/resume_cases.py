@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from grpo_cases import PROMPTS, digits_sum
@@ -20,6 +23,7 @@ from rlhf_fast.trainers.run_log import read_log
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_mb")
 RL = dict(max_completion_length=5, num_generations=4, reward_funcs=["grpo_cases:digits_sum"], learning_rate=1e-3)
 RL |= dict(per_device_train_batch_size=8, eval_dataset=None, eval_do_sample=True)
+ONE = dict(num_generations=1, per_device_train_batch_size=4, reward_funcs=["resume_cases:noisy_reward"])
 # Every stage with as much state as it can have, and a log row over several steps.
 CASES = {
     "sft": dict(stage="sft", lora_dropout=0.3, finetuning_type="lora", lora_rank=2, per_device_train_batch_size=2),
@@ -32,7 +36,7 @@ CASES = {
     "ppo": dict(
         stage="ppo", ppo_score_norm=True, ppo_target=0.1, kl_horizon=100.0, kl_coef=0.2,
         sync_ref_model=True, ref_model_sync_steps=1,
-        ppo_epochs=2, ppo_buffer_size=2, **{**RL, "num_generations": 1, "per_device_train_batch_size": 4},
+        ppo_epochs=2, ppo_buffer_size=2, **RL | ONE,
     ),
     "grpo": dict(
         stage="grpo", beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, num_iterations=2, steps_per_generation=2,
@@ -108,6 +112,12 @@ def assert_same(folder: Path, name: str, summary: dict, want: dict) -> None:
     assert {k: v for k, v in summary.items() if not k.endswith(timed)} == kept
 
 
+def noisy_reward(completion_ids, **_):
+    """From every generator that a process has."""
+    noise = [random.random() + np.random.rand() + torch.rand(()).item() for _ in completion_ids]  # noqa: NPY002
+    return [a + b for a, b in zip(digits_sum(completion_ids), noise, strict=True)]
+
+
 def slow_reward(completion_ids, **_):
     """Half a minute from the second rollout on."""
     if slow_reward.called:
@@ -117,3 +127,14 @@ def slow_reward(completion_ids, **_):
 
 
 slow_reward.called = False
+
+
+def hurt_reward(completion_ids, **_):
+    """In the second call of the second process it gets the signal that HURT names."""
+    hurt_reward.calls += 1
+    if hurt_reward.calls == 2 and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), getattr(signal, os.environ["HURT"]))
+    return digits_sum(completion_ids)
+
+
+hurt_reward.calls = 0
