@@ -203,6 +203,16 @@ def test_zero_std_mask_and_keep():
     assert torch.equal(bad.advantages, torch.zeros(6))
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
+def test_std_and_eps_of_several_rewards(combine, scale, ddof):
+    rewards = torch.randn(9, 2, dtype=torch.float64)
+    options = dict(group_size=3, combine=combine, scale=scale, ddof=ddof, eps=0.1)
+    want = reference.group_advantages(rewards, **options).advantages
+    torch.testing.assert_close(group_advantages(rewards, **options).advantages, want)
+
+
 @pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_rewards(combine, backend):
