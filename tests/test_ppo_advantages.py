@@ -226,3 +226,10 @@ def test_rewards_of_every_token(padded, clip):
     same(ppo_advantages(last, **options), ppo_advantages(per_sequence, **options))
     with pytest.raises(ValueError, match=r"scores must be .*\(B,\)=\(3,\), got \(5,\)"):
         ppo_advantages(torch.zeros(5), **options)
+
+
+def test_small_advantages_are_whitened_with_the_eps_of_masked_whiten():
+    scores = 1e-4 * torch.randn(6)
+    got = ppo_advantages(scores, torch.zeros(6, 3), lam=1.0)
+    want = masked_whiten(gae(shape_rewards(scores, mask=torch.ones(6, 3)).rewards, torch.zeros(6, 3), lam=1.0)[0])
+    torch.testing.assert_close(got.advantages, want)
