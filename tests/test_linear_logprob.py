@@ -386,3 +386,15 @@ def test_bad_input(args, options, message):
 def test_not_a_tensor():
     with pytest.raises(TypeError, match=r"hidden must be a torch.Tensor, got list"):
         linear_logprob([[1.0]], W, T)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2], ids=["kept", "recomputed"])
+def test_gradient_through_lse_alone(chunk_size):
+    """A z-loss: rows without a gradient of the log-probability are not dropped."""
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 6, -100, 3, 2])
+    losses = [
+        f(hidden, weight, target, **kw).lse.square().sum()
+        for f, kw in ((linear_logprob, {"chunk_size": chunk_size}), (reference.linear_logprob, {}))
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
