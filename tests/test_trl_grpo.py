@@ -36,11 +36,11 @@ def grpo(fast):
     before, args = dict(vars(fast)), dict(vars(fast.args))
     fast.current_gradient_accumulation_steps = 1
     fast.beta = 0.0
+    fast.model.train()
     yield fast
     vars(fast).clear()
     vars(fast).update(before)
     vars(fast.args).update(args)
-    fast.model.train()
 
 
 def batch(grpo) -> dict[str, torch.Tensor]:
@@ -99,11 +99,8 @@ def compare(grpo, **inputs_over):
     truth, theirs, ours = (run(grpo, inputs, road=road) for road in ("truth", "TRL", "ours"))
     assert ours[1].keys() == theirs[1].keys() == truth[1].keys()
     size, rounding = max(1.0, truth[0].abs().item()), 0.0
-    if (
-        grpo.loss_type == "vespo"
-    ):  # a factor of the product of all ratios: each log-prob's rounding, times |k - lambda w|
-        each = 2.0**-24 * inputs["old_per_token_logps"].abs().max().item()
-        rounding = 3 * max(LENGTHS) * each * size
+    if grpo.loss_type == "vespo":  # a function of the product of all ratios: each log-prob rounds, times |k - lambda w|
+        rounding = 3 * max(LENGTHS) * 2.0**-24 * inputs["ref_per_token_logps"].abs().max().item() * size
     assert_within_budget(ours[0], theirs[0], truth[0], torch.float32, scale=size, rounding=rounding, name="loss")
     for name, grad in truth[1].items():
         # sums of 18 tokens' gradients, each as large as the largest
