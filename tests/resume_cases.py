@@ -61,8 +61,13 @@ def options(folder: Path, name: str, case: str, **changes):
 
 
 def train(folder: Path, name: str, case: str, **changes):
-    values = options(folder, name, case, **changes)
-    return run(make_config(values))
+    """In this process, on one thread as in those of `environment`: sums round by their threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(make_config(options(folder, name, case, **changes)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def break_off(folder: Path, step: int) -> None:
