@@ -20,6 +20,8 @@ from test_rm import trainer_for as rm_trainer
 from test_sft import make_rows
 from test_sft import trainer_for as sft_trainer
 
+from rlhf_fast.cli.train import leave_ranks
+
 LIMIT = 2
 
 
@@ -99,4 +101,4 @@ def results(folder: Path) -> dict[str, dict]:
 if __name__ == "__main__":
     found, where = results(Path(sys.argv[1])), PartialState()
     (Path(sys.argv[1]) / f"{where.process_index}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave_ranks()

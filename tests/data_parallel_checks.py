@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast import fused_linear_loss, linear_logprob
+from rlhf_fast import fused_linear_loss, linear_logprob, masked_whiten
 from rlhf_fast.losses import NLL, PolicyLoss
 
 CHECKS, check = registry()
@@ -136,3 +136,13 @@ def micro_batches_into_one_buffer(group):
     want = one_process("uneven", "nll")
     torch.testing.assert_close(buffer / 2, want["head.weight"])
     torch.testing.assert_close(wrapped.module.weight.grad, want["body.weight"])
+
+
+@check(2)
+def whitening_is_global_and_an_empty_shard_joins(group):
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0)) + 5
+    want = masked_whiten(x)
+    for cut in (37, 50):
+        own = slice(0, cut) if dist.get_rank(group) == 0 else slice(cut, 50)
+        got = masked_whiten(x[own], process_group=group)
+        torch.testing.assert_close(got, want[own], rtol=1e-6, atol=1e-6)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.cli.train import train
+from rlhf_fast.cli.train import leave_ranks, train
 
 
 def score(completion_ids, **_):
@@ -23,4 +23,4 @@ if __name__ == "__main__":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # accelerate launch's own default
     for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
         train(file)
-    torch.distributed.destroy_process_group()
+    leave_ranks()

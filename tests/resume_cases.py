@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,17 @@ def options(folder: Path, name: str, case: str, **changes):
 
 
 def train(folder: Path, name: str, case: str, **changes):
-    """In this process, on one thread as in those of `environment`: sums round by their threads."""
+    values = options(folder, name, case, **changes)
+    return run(make_config(values))
+
+
+@contextmanager
+def one_thread():
+    """As in the processes of `environment`: sums round by their threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return run(make_config(options(folder, name, case, **changes)))
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -20,6 +20,7 @@ from ppo_cases import config as ppo_config
 from ranks import exact_norms, fsdp2_on_the_cpu
 
 from rlhf_fast.cli.demos.task import make_tokenizer
+from rlhf_fast.cli.train import leave_ranks
 from rlhf_fast.trainers.grpo import GRPOTrainer
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.sharding import full_state
@@ -85,5 +86,4 @@ if __name__ == "__main__":
     found = results(Path(sys.argv[1]), int(sys.argv[2]))
     if os.environ["RANK"] == "0":
         torch.save(found, Path(sys.argv[1]) / "results.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_ranks()

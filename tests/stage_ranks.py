@@ -16,6 +16,7 @@ from test_rm import trainer_for as rm_trainer
 from test_sft import make_rows
 from test_sft import trainer_for as sft_trainer
 
+from rlhf_fast.cli.train import leave_ranks
 from rlhf_fast.losses.preference import PreferenceLoss
 from rlhf_fast.trainers.sharding import full_state
 
@@ -63,5 +64,4 @@ if __name__ == "__main__":
     found = results(Path(sys.argv[1]), int(sys.argv[2]))
     if os.environ["RANK"] == "0":
         torch.save(found, Path(sys.argv[1]) / "results.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_ranks()

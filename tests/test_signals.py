@@ -135,7 +135,8 @@ def kill_and_resume(tmp_path: Path, case: str, kills: int, seed: int, steps: int
     chance = random.Random(seed)
     folder = cases.prepare(tmp_path, cases.CASES[case]["stage"])
     sizes = dict(max_steps=steps, save_steps=1, save_total_limit=2, logging_steps=1)
-    want = cases.train(folder, "whole", case, **sizes | dict(save_steps=0))
+    with cases.one_thread():
+        want = cases.train(folder, "whole", case, **sizes | dict(save_steps=0))
     resumed = []
     for k in range(kills):
         found = files.last_checkpoint(folder / "parts")
@@ -151,7 +152,8 @@ def kill_and_resume(tmp_path: Path, case: str, kills: int, seed: int, steps: int
         assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
     parts = folder / "parts"
     resumed.append(files.step_of(files.last_checkpoint(parts)))
-    summary = cases.train(folder, "parts", case, overwrite_output_dir=False, **sizes)
+    with cases.one_thread():
+        summary = cases.train(folder, "parts", case, overwrite_output_dir=False, **sizes)
     cases.assert_same(folder, "parts", summary, want)
     return resumed
 

@@ -399,25 +399,6 @@ def test_whitening_has_the_same_bits_on_any_number_of_threads():
     assert torch.equal(results[0], results[2])
 
 
-def _whiten_rank(rank, world, path, out):
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0)) + 5
-    shard = [x[:37], x[:0], x[37:]][rank]
-    got = masked_whiten(shard, process_group=dist.group.WORLD)
-    torch.save(got, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_whitening_over_ranks_is_global_and_an_empty_shard_joins(tmp_path):
-    torch.multiprocessing.spawn(_whiten_rank, args=(3, tmp_path / "store", str(tmp_path)), nprocs=3)
-    got = torch.cat([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)])
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0)) + 5
-    torch.testing.assert_close(got, masked_whiten(x), rtol=1e-6, atol=1e-6)
-
-
 # ---- value loss ----
 
 

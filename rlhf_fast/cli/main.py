@@ -54,6 +54,7 @@ def train(
     """Run a training stage from a YAML file, with key=value overrides."""
     _state["traceback"] = _state["traceback"] or traceback
     _call("train", "train", config, overrides or [], dry_run=dry_run)
+    _call("train", "leave_ranks")
 
 
 @app.command()
