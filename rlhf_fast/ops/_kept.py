@@ -20,7 +20,7 @@ from rlhf_fast.ops._rows import RowStats, Transform, join_stats, row_dlogits, ro
 KEEP = 256 << 20
 """Bytes of logits that one call keeps for its backward when the caller does not choose."""
 
-BLOCK = 16 << 20
+BLOCK = 32 << 20
 """Bytes of a block of columns: a product, the pass over it and the next product meet in the cache."""
 
 
