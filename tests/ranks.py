@@ -143,3 +143,18 @@ def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 300) 
     finally:
         for process in running:
             process.kill()
+
+
+def save_results(results: Callable[[Path, int], dict]) -> None:
+    """The body of a script `OUT STEPS [fsdp2]` in torchrun's environment: `results(OUT, STEPS)` on every rank, the
+    first one's in OUT/results.pt."""
+    from rlhf_fast.cli.train import leave_ranks
+
+    torch.set_num_threads(1)
+    exact_norms()
+    if sys.argv[3:] == ["fsdp2"]:
+        fsdp2_on_the_cpu()
+    found = results(Path(sys.argv[1]), int(sys.argv[2]))
+    if os.environ["RANK"] == "0":
+        torch.save(found, Path(sys.argv[1]) / "results.pt")
+    leave_ranks()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ from grpo_cases import PROMPTS
 from grpo_cases import config as grpo_config
 from grpo_cases import tiny as tiny_model
 from ppo_cases import config as ppo_config
-from ranks import exact_norms, fsdp2_on_the_cpu
+from ranks import save_results
 
 from rlhf_fast.cli.demos.task import make_tokenizer
-from rlhf_fast.cli.train import leave_ranks
 from rlhf_fast.trainers.grpo import GRPOTrainer
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.sharding import full_state
@@ -79,11 +77,4 @@ def results(folder: Path, steps: int) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    exact_norms()
-    if sys.argv[3:] == ["fsdp2"]:
-        fsdp2_on_the_cpu()
-    found = results(Path(sys.argv[1]), int(sys.argv[2]))
-    if os.environ["RANK"] == "0":
-        torch.save(found, Path(sys.argv[1]) / "results.pt")
-    leave_ranks()
+    save_results(results)

@@ -4,11 +4,9 @@ environment."""
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
-import torch
-from ranks import exact_norms, fsdp2_on_the_cpu
+from ranks import save_results
 from stage_cases import PAIRS, judged_rows, tiny
 from test_dpo import trainer_for as dpo_trainer
 from test_kto_trainer import trainer_for as kto_trainer
@@ -16,7 +14,6 @@ from test_rm import trainer_for as rm_trainer
 from test_sft import make_rows
 from test_sft import trainer_for as sft_trainer
 
-from rlhf_fast.cli.train import leave_ranks
 from rlhf_fast.losses.preference import PreferenceLoss
 from rlhf_fast.trainers.sharding import full_state
 
@@ -57,11 +54,4 @@ def results(folder: Path, steps: int) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    exact_norms()
-    if sys.argv[3:] == ["fsdp2"]:
-        fsdp2_on_the_cpu()
-    found = results(Path(sys.argv[1]), int(sys.argv[2]))
-    if os.environ["RANK"] == "0":
-        torch.save(found, Path(sys.argv[1]) / "results.pt")
-    leave_ranks()
+    save_results(results)

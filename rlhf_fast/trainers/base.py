@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken
 from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, writing
+from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
@@ -33,7 +34,6 @@ from rlhf_fast.trainers.sharding import exact_precision, full_state
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class FusedTrainer(Trainer):
@@ -400,36 +400,3 @@ class _Sums:
 
 def _pick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add
-
-
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What of a batch goes to the model: ids, and the mask of padded or the positions of packed sequences."""
-    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
-
-
-def sequence_offsets(batch: Mapping[str, Any]) -> Tensor:
-    """(S + 1,) offsets of the sequences into the flattened tokens, padding included."""
-    if "cu_seqlens" in batch:
-        return batch["cu_seqlens"]
-    rows, width = batch["input_ids"].shape
-    return torch.arange(rows + 1, device=batch["input_ids"].device) * width
-
-
-def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """(S,) sums of per-token values, which are 0 where not scored."""
-    ids = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(
-        offsets.diff().long(), output_size=values.numel()
-    )
-    return values.new_zeros(len(offsets) - 1).index_add(0, ids, values.flatten())
-
-
-def scored_lengths(batch: Mapping[str, Any]) -> Tensor:
-    """(S,) scored tokens of each sequence."""
-    return sequence_sums((batch["target_ids"] != -100).long(), sequence_offsets(batch))
-
-
-def first_sequences(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch with nothing scored beyond its first `count` sequences."""
-    ids = batch["target_ids"].clone()
-    ids.view(-1)[int(sequence_offsets(batch)[count]) :] = -100
-    return {**batch, "target_ids": ids}

@@ -25,8 +25,9 @@ from transformers import TrainingArguments
 
 from rlhf_fast.losses.pairs import PairSegments, pair_segments
 from rlhf_fast.losses.preference import PreferenceLoss
-from rlhf_fast.trainers.base import Totals, first_sequences, model_inputs, scored_lengths, sequence_offsets
+from rlhf_fast.trainers.base import Totals
 from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.data.sequences import first_sequences, model_inputs, scored_lengths, sequence_offsets
 from rlhf_fast.trainers.dpo_config import DPOConfig
 from rlhf_fast.trainers.models.hf_utils import load_model
 from rlhf_fast.trainers.reference_trainer import ReferenceTrainer, reference_options

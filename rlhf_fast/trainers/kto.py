@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlhf_fast.losses.kto import KTO
-from rlhf_fast.trainers.base import (
-    Totals,
+from rlhf_fast.trainers.base import Totals
+from rlhf_fast.trainers.data.collators import KTOCollator, first_scored
+from rlhf_fast.trainers.data.sequences import (
     first_sequences,
     model_inputs,
     scored_lengths,
     sequence_offsets,
     sequence_sums,
 )
-from rlhf_fast.trainers.data.collators import KTOCollator, first_scored
 from rlhf_fast.trainers.kto_config import KTOConfig
 from rlhf_fast.trainers.models.hf_utils import load_model
 from rlhf_fast.trainers.reference_trainer import ReferenceTrainer, no_loss, reference_options

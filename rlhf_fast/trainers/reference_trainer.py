@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.base import FusedTrainer, model_inputs
+from rlhf_fast.trainers.base import FusedTrainer
 from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.data.sequences import model_inputs
 from rlhf_fast.trainers.models.hf_utils import choose_attention, load_folder, vocabulary_size, weights_dtype
 from rlhf_fast.trainers.models.lora import merge_adapter
 from rlhf_fast.trainers.models.policy import Reference

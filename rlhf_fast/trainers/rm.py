@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlhf_fast.losses.reward import reward_loss
-from rlhf_fast.trainers.base import FusedTrainer, Totals, first_sequences, scored_lengths
+from rlhf_fast.trainers.base import FusedTrainer, Totals
 from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.data.sequences import first_sequences, scored_lengths
 from rlhf_fast.trainers.models.reward_model import new_reward_model, pool_by_length, score_batch
 from rlhf_fast.trainers.rm_config import RMConfig
 from rlhf_fast.trainers.stage import run_stage

@@ -20,9 +20,10 @@ from transformers import TrainingArguments
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.losses.nll import NLL
-from rlhf_fast.trainers.base import FusedTrainer, Totals, model_inputs
+from rlhf_fast.trainers.base import FusedTrainer, Totals
 from rlhf_fast.trainers.data.collators import Collator
 from rlhf_fast.trainers.data.packing import PackedDataset
+from rlhf_fast.trainers.data.sequences import model_inputs
 from rlhf_fast.trainers.models.hf_utils import load_model
 from rlhf_fast.trainers.sft_config import SFTConfig
 from rlhf_fast.trainers.stage import run_stage
