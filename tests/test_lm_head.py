@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from rlhf_fast import reference  # noqa: E402
+from rlhf_fast.cli.train import leave_ranks  # noqa: E402
 from rlhf_fast.integrations.lm_head import fuse_lm_head, is_fused, unfuse_lm_head  # noqa: E402
 from rlhf_fast.types import FusedLoss, LogProb  # noqa: E402
 
@@ -405,7 +406,7 @@ def fsdp_rank(rank: int, folder: str) -> None:
                     wrong.append(f"{case}: gradients")
             model.zero_grad()
     Path(folder, f"{rank}.txt").write_text("\n".join(wrong))
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
