@@ -229,4 +229,4 @@ def gradients_of_update(it, sequences, experience, rows, on_policy):
 
     it.loop._clip = instead
     it.update(sequences, experience, rows, on_policy=on_policy)
-    return float(it.loop._metrics["loss"][-1]), caught
+    return float(it.loop.meters.values["loss"][-1]), caught

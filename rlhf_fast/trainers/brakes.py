@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from rlhf_fast.trainers.gauges import HealthWarnings
 from rlhf_fast.trainers.loop import Loop
-from rlhf_fast.trainers.restore import load_weights
 
 if TYPE_CHECKING:
     from rlhf_fast.trainers.rl import RLTrainer
@@ -85,7 +84,7 @@ class Brakes:
         values: dict[str, Any] = {}
         state = loop.state
         if self.best is not None and state.best_model_checkpoint is not None:
-            load_weights(loop.unwrapped, state.best_model_checkpoint)
+            loop.spread.load_weights(loop.model, Path(state.best_model_checkpoint))
             values |= {"best_step": state.best_global_step, f"best_{self.best.metric}": state.best_metric}
         if self.budget is not None and self.budget.reason:
             values["stopped_by"] = self.budget.reason

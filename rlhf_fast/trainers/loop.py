@@ -15,13 +15,11 @@ A step may hold several updates (`updates_per_step`), as PPO's does: one rollout
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,20 +29,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers import checkpoint as files
-from rlhf_fast.trainers import restore
 from rlhf_fast.trainers.callbacks import or_broken
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.memory_advice import memory_advice
-from rlhf_fast.trainers.models.hf_utils import save_model
+from rlhf_fast.trainers.meters import Meters
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
-from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, join_processes, shard, whole
+from rlhf_fast.trainers.sharding import join_processes
 from rlhf_fast.trainers.signals import Stopped, StopSignals
+from rlhf_fast.trainers.snapshot import POLICY, Snapshot
+from rlhf_fast.trainers.spread import Modules, spread_of
 
-POLICY = "policy"  # the role of the model that a run is about
 REDRAW_SECONDS = 60.0  # curves of a run in progress
 
 
@@ -78,31 +76,17 @@ class Loop:
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
-        check_launch(self.accelerator, config.stage)
-        if self.sharded and self.checkpoint is not None:
+        self.spread = spread_of(self.accelerator, config.stage)
+        if self.checkpoint is not None and not self.spread.resumable:
             raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} under FSDP2 yet")
         self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
         modules = {POLICY: model, **(others or {})}
-        if self.sharded:  # before the optimiser, which then knows the shards
-            exact_precision(self.accelerator)
-            modules = {role: shard(self.accelerator, module) for role, module in modules.items()}
-        self.parameters = {role: [p for p in m.parameters() if p.requires_grad] for role, m in modules.items()}
-        for role, parameters in self.parameters.items():
-            if not parameters:
+        for role, module in modules.items():
+            if not any(p.requires_grad for p in module.parameters()):
                 raise ValueError(f"the {'model' if role == POLICY else role} has no parameter that requires grad")
         rates = {role: (learning_rates or {}).get(role, config.learning_rate) for role in modules}
-        optimizer = torch.optim.AdamW(
-            [group for role, module in modules.items() for group in optimizer_groups(module, config, rates[role])],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,  # one pass over the parameters, on the CPU as well
-        )
-        if self.sharded:
-            self.models, self.optimizer = modules, self.accelerator.prepare_optimizer(optimizer)
-        else:
-            *prepared, self.optimizer = self.accelerator.prepare(*modules.values(), optimizer)
-            self.models = dict(zip(modules, prepared, strict=True))
+        self.models, self.optimizer = self.spread.prepare(modules, lambda m: _optimizer(m, config, rates))
+        self.parameters = {r: [p for p in m.parameters() if p.requires_grad] for r, m in self.models.items()}
         self.model = self.models[POLICY]
         self.state = TrainerState(is_world_process_zero=self.main, is_local_process_zero=self.main)
         self.control = TrainerControl()
@@ -114,8 +98,8 @@ class Loop:
         self.skipped = self._skipped_in_a_row = 0
         self._in_step = False
         self.signals = StopSignals()
-        self.parts: dict[str, Any] = {}  # what else has a `state_dict` that a checkpoint must hold, of each process
-        self.weights: dict[str, Any] = {}  # the same of tensors that all processes have alike
+        self.meters = Meters()
+        self.snapshot = Snapshot(self)
         self.max_grad_norm = config.max_grad_norm or float("inf")
 
     # ---- the run
@@ -125,13 +109,8 @@ class Loop:
         return self.accelerator.is_main_process
 
     @property
-    def sharded(self) -> bool:
-        """Whether the weights are spread over the processes (FSDP2)."""
-        return self.accelerator.is_fsdp2
-
-    @property
     def unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        return self.spread.unwrap(self.model)
 
     @property
     def done(self) -> bool:
@@ -151,7 +130,7 @@ class Loop:
         self._began = self._tokens_at = self._drawn = time.perf_counter()
         self._tokens_logged = 0
         if self.checkpoint is not None:
-            self._resume(self.checkpoint)
+            self.snapshot.restore(self.checkpoint)
         resume_step = None if self.checkpoint is None else self.state.global_step
         self.log = RunLog(config.output_dir, resume_step=resume_step, main=self.main)
         if self.main:
@@ -168,7 +147,7 @@ class Loop:
         self.control = self.callbacks.on_train_end(self.arguments, self.state, self.control)
         self.bar.close()
         with files.clear_errors(self.config.output_dir, files.expected_bytes(self.models.values())):
-            self.save_model(self.config.output_dir)
+            self.snapshot.save_model(self.config.output_dir)
         self.accelerator.wait_for_everyone()
         if self.config.plot_loss:
             self.log.curves()
@@ -212,10 +191,8 @@ class Loop:
         processes = self.accelerator.num_processes  # DDP averages over them, the normalisers are global
         for k, micro in enumerate(micro_batches):
             last = k + 1 == len(micro_batches)
-            with ExitStack() as stack:
-                for model in () if last or self.sharded else self.models.values():  # shards take each sum at once
-                    stack.enter_context(self.accelerator.no_sync(model))
-                self.accelerator.backward(or_broken(loss_of(micro), processes))
+            with self.spread.micro_batch(self.models, last=last):
+                self.spread.backward(or_broken(loss_of(micro), processes))
         if micro_batches:
             finite = self._clip()
             if self.accelerator.scaler is not None or finite:  # fp16's scaler skips by itself
@@ -231,7 +208,7 @@ class Loop:
 
     def even(self, micro_batches: list[Any], idle: Callable[[Any], Any]) -> list[Any]:
         """The micro-batches, and where weights are sharded as many as any process has: `idle` empties a copy of one."""
-        if not self.sharded:
+        if not self.spread.sharded:
             return micro_batches
         count = torch.tensor([len(micro_batches)], device=self.accelerator.device)
         more = int(self.accelerator.gather(count).max()) - len(micro_batches)
@@ -251,7 +228,7 @@ class Loop:
         for role, parameters in self.parameters.items():
             if all(p.grad is None for p in parameters):
                 continue
-            norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            norm = self.spread.clip(parameters, self.max_grad_norm)
             self.record({"grad_norm" if role == POLICY else f"grad_norm_{role}": norm})
             finite = finite and bool(torch.isfinite(norm))
         return finite
@@ -284,7 +261,7 @@ class Loop:
             self._log()
         stop = self.signals.agreed(self.accelerator)
         if self.control.should_save or stop:
-            self.save_checkpoint()
+            self.snapshot.save()
             self.control = self.callbacks.on_save(self.arguments, self.state, self.control)
         if stop:
             self.bar.close()
@@ -295,15 +272,14 @@ class Loop:
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Keep values for the next log row: averaged over its steps, extremes for names in _max and _min."""
-        for name, value in metrics.items():
-            self._metrics[name].append(value.detach() if isinstance(value, Tensor) else value)
+        self.meters.record(metrics)
 
     def recorded(self) -> dict[str, float]:
         """What the next log row would say of the values recorded so far."""
-        return {name: _reduced(name, values) for name, values in self._metrics.items()}
+        return self.meters.reduced()
 
     def _reset_metrics(self) -> None:
-        self._metrics: dict[str, list[Any]] = defaultdict(list)
+        self.meters.clear()
         self._seconds_logged = dict(self.seconds)
 
     def _log(self) -> None:
@@ -325,112 +301,37 @@ class Loop:
             self.log.curves()
             self._drawn = time.perf_counter()
 
-    # ---- files
-
-    def save_model(self, folder: str | os.PathLike) -> None:
-        """Model in safetensors with its configs and tokenizer; the other roles in folders of their own."""
-        states = {role: full_state(self.accelerator, model) for role, model in self.models.items()}
-        if self.main:
-            save_model(self.unwrapped, folder, self.processing_class, state=states.pop(POLICY))
-            for role, state in states.items():
-                options = {} if state is None else {"state_dict": state}
-                self.accelerator.unwrap_model(self.models[role]).save_pretrained(Path(folder) / role, **options)
-
-    def save_checkpoint(self) -> None:
-        """`checkpoint-<step>` in the output folder; see `rlhf_fast.trainers.checkpoint`."""
-        config, step = self.config, self.state.global_step
-        folder = Path(config.output_dir) / f"checkpoint-{step}"
-        about = dict(step=step, stage=config.stage, processes=self.accelerator.num_processes)
-        about |= dict(resumable=not (config.save_only_model or self.sharded), options=config.to_dict())
-        keep = dict(limit=config.save_total_limit, best=self.state.best_model_checkpoint)
-        optimizer = None if config.save_only_model or self.sharded else self.optimizer  # shards: not yet
-        needed = files.expected_bytes(self.models.values(), optimizer)
-        with files.writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
-            self.save_model(part)
-            if self.main:
-                self.state.save_to_json(str(part / "trainer_state.json"))
-            if self.main and optimizer is not None:
-                torch.save(optimizer.state_dict(), part / restore.OPTIMIZER)
-                for name, holder in self.weights.items():
-                    restore.save_tensors(holder.state_dict(), part / f"{name}.safetensors")
-            if optimizer is not None:
-                torch.save(self.state_dict(), part / self._own_file)
-
-    @property
-    def _own_file(self) -> str:
-        return f"process_{self.accelerator.process_index}.pt"
-
-    def _stateful(self) -> dict[str, Any]:
-        """By name, what has `state_dict` and `load_state_dict` beside models and optimiser."""
-        callbacks = {type(c).__name__: c for c in self.callbacks.callbacks if hasattr(c, "load_state_dict")}
-        scaler = {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
-        return {"scheduler": self.scheduler, **scaler, **self.parts, **callbacks}
+    # ---- what a checkpoint holds of the loop itself
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's state beside models, optimiser and `TrainerState`."""
-        metrics = {n: [float(v) for v in values] for n, values in self._metrics.items()}
+        """Metrics since the last row of the log, counters and clocks."""
         now = time.perf_counter()
         return {
-            "random": restore.random_state(),
-            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
-            "callbacks": [c.state()["attributes"] for c in self._exported()],
-            "metrics": metrics,  # recorded since the last row of the log
+            "metrics": self.meters.state_dict(),
             "skipped": (self.skipped, self._skipped_in_a_row),
             "seconds": (dict(self.seconds), self._seconds_logged, now - self._began),
             "tokens": (self._tokens_logged, now - self._tokens_at),
         }
 
-    def _exported(self) -> list[Any]:
-        return [c for c in self.callbacks.callbacks if isinstance(c, ExportableState)]
-
-    def _resume(self, folder: Path) -> None:
-        """Everything as it was when the checkpoint was written."""
-        config, max_steps = self.config, self.state.max_steps
-        processes = self.accelerator.num_processes
-        restore.check_fits(folder, stage=config.stage, processes=processes, options=config.to_dict(), strict=True)
-        for role, model in self.models.items():
-            own = folder if role == POLICY else folder / role
-            restore.load_weights(self.accelerator.unwrap_model(model), own)
-        restore.load_optimizer(self.optimizer, folder)
-        for name, holder in self.weights.items():
-            holder.load_state_dict(restore.load_tensors(folder / f"{name}.safetensors"))
-        saved = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        for name in ("epoch", "global_step", "num_input_tokens_seen", "log_history"):
-            setattr(self.state, name, getattr(saved, name))
-        if saved.best_global_step is not None:
-            self.state.best_metric, self.state.best_global_step = saved.best_metric, saved.best_global_step
-            best = Path(folder).parent / f"checkpoint-{saved.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        self.state.max_steps = max_steps
-        state = restore.load_state(folder / self._own_file)
-        self._load_state_dict(state)
-
-    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        stateful = self._stateful()
-        if stateful.keys() != state["parts"].keys():
-            differ = ", ".join(sorted(stateful.keys() ^ state["parts"].keys()))
-            raise ValueError(f"resume_from_checkpoint: {self.checkpoint} and this run do not both have {differ}")
-        for name, part in stateful.items():
-            part.load_state_dict(state["parts"][name])
-        for callback, attributes in zip(self._exported(), state["callbacks"], strict=False):
-            vars(callback).update(attributes)
-        self._metrics.update(state["metrics"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.meters.load_state_dict(state["metrics"])
         self.skipped, self._skipped_in_a_row = state["skipped"]
         seconds, self._seconds_logged, run = state["seconds"]
         self.seconds.update(seconds)
         self._tokens_logged, logged = state["tokens"]
         now = time.perf_counter()
         self._began, self._tokens_at = now - run, now - logged
-        restore.set_random_state(state["random"])
 
 
-def _reduced(name: str, values: list[Any]) -> float:
-    numbers = [float(v) for v in values]
-    if name.endswith("_max"):
-        return max(numbers)
-    if name.endswith("_min"):
-        return min(numbers)
-    return sum(numbers) / len(numbers)
+def _optimizer(modules: Modules, config: RunConfig, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW over what trains of the modules, each at its own rate."""
+    return torch.optim.AdamW(
+        [group for role, module in modules.items() for group in optimizer_groups(module, config, rates[role])],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,  # one pass over the parameters, on the CPU as well
+    )
 
 
 def _training_arguments(config: RunConfig) -> TrainingArguments:

@@ -32,7 +32,6 @@ from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
-from rlhf_fast.trainers.sharding import gathered, shard
 from rlhf_fast.trainers.stepwise import as_queries
 
 
@@ -85,9 +84,9 @@ class RLTrainer:
         self.brakes = Brakes(config)
         self.loop = self.make_loop(fuse_lm_head(model), [*self.brakes.callbacks(self), *callbacks])
         self.model, self.accelerator = self.loop.model, self.loop.accelerator
-        if self.loop.sharded:
-            self._shard_reference()
-        for part in (self.reference, *self.reward_functions()):
+        if self.reference is not None and not self.reference.adapters_off:
+            self.reference.model = self.loop.spread.frozen(self.reference.model)
+        for part in self.reward_functions():
             if hasattr(part, "to"):
                 part.to(self.accelerator.device)
             if isinstance(part, RewardEnsemble):
@@ -101,24 +100,17 @@ class RLTrainer:
         self.prompts_seen = 0
         self.reward_first: float | None = None
         self.reward_last: float | None = None
-        self.loop.parts["trainer"] = self
+        self.loop.snapshot.parts["trainer"] = self
         if self.reference is not None:
-            self.loop.weights["reference"] = self.reference
+            self.loop.snapshot.weights["reference"] = self.reference
 
     def prepare_model(self, model: nn.Module) -> None:
         """What has to happen to the model before its head is fused, such as taking a reference."""
 
-    def _shard_reference(self) -> None:
-        """A copy is sharded as the policy is; adapters off are the policy itself."""
-        if self.config.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end is not supported under FSDP2")
-        if self.reference is not None and not self.reference.adapters_off:
-            self.reference.model = shard(self.accelerator, self.reference.model)
-
     def whole_weights(self) -> AbstractContextManager:
         """For forwards without a gradient: inside the block nothing is sharded, and none waits for other processes."""
         reference = () if self.reference is None else (self.reference.model,)
-        return gathered(*dict.fromkeys((*self.loop.models.values(), *reference)))
+        return self.loop.spread.gathered(*dict.fromkeys((*self.loop.models.values(), *reference)))
 
     def make_loop(self, model: nn.Module, callbacks: Sequence[TrainerCallback]) -> Loop:
         return Loop(model, self.tokenizer, self.config, callbacks, self.config.max_skipped_steps)
@@ -148,7 +140,7 @@ class RLTrainer:
         sampler = sampler or self.sampler
         ids = [p.ids for p in prompts]
         columns = {"columns": columns_of(prompts)} if isinstance(sampler, MultiTurnSampler) else {}
-        with gathered(self.model):
+        with self.loop.spread.gathered(self.model):
             return sampler(ids, group_size, **columns)
 
     def generate(self, queries: Sequence[str | Sequence[int]], group_size: int = 1) -> Rollout:
@@ -248,7 +240,7 @@ class RLTrainer:
                 every = gather_object([{name: column[: len(mine)] for name, column in found.items()}])
                 metrics = {name: finite_mean(torch.tensor([x for part in every for x in part[name]])) for name in found}
             if self.perplexity is not None:
-                with gathered(self.model):
+                with self.loop.spread.gathered(self.model):
                     metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
         return metrics
 
@@ -274,7 +266,7 @@ class RLTrainer:
         loop.log.log(0, scores)
         loop.control = loop.callbacks.on_evaluate(loop.arguments, loop.state, loop.control, metrics=scores)
         if loop.control.should_save:
-            loop.save_checkpoint()
+            loop.snapshot.save()
             loop.control.should_save = False
 
     # ---- the run
