@@ -53,7 +53,7 @@ def names(wheel: Path) -> set[str]:
 def assert_python_files(found: set[str]) -> None:
     kernels = {f"rlhf_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels
-    assert kernels | {"rlhf_fast/__init__.py", "rlhf_fast/ops/__init__.py"} <= found
+    assert kernels | {f"rlhf_fast/{name}" for name in ("__init__.py", "py.typed", "ops/__init__.py")} <= found
     assert "rlhf_fast/kernels/__init__.py" not in found
     top = {name.partition("/")[0] for name in found}
     assert {name for name in top if not name.endswith(".dist-info")} == {"rlhf_fast"}
