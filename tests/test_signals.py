@@ -166,7 +166,7 @@ def test_killed_at_random_moments_a_run_goes_on_from_a_complete_checkpoint(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["grpo", "dpo"])
+@pytest.mark.parametrize("case", ["grpo", "dpo", "sft"])
 def test_killed_twenty_times(tmp_path, case):
     resumed = kill_and_resume(tmp_path, case, 20, seed=1, steps=200)
     print("resumed from steps", resumed)
