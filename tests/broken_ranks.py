@@ -93,7 +93,7 @@ def results(folder: Path) -> dict[str, dict]:
                 "error": error,
                 "unchanged": all(map(torch.equal, before, after)),
                 "moments": sum(int(s.get("step", 0)) for s in optimizer.state.values()),
-                "skipped": trainer.loop.skipped if hasattr(trainer, "loop") else trainer.broken_steps.skipped,
+                "skipped": getattr(trainer, "loop", trainer).broken_steps.skipped,
             }
     return out
 

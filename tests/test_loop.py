@@ -85,7 +85,7 @@ def test_one_broken_role_skips_the_update_of_all(tmp_path, broken):
     assert all(
         torch.equal(p, q) for p, q in zip([*loop.unwrapped.parameters(), *head.parameters()], before, strict=True)
     )
-    assert loop.skipped == 1
+    assert loop.broken_steps.skipped == 1
     loop.update([1.0], lambda _: both(loop, loop.models["critic"]))
     assert head.bias.item() != 0
 

@@ -51,7 +51,7 @@ def test_brakes_and_counters_are_taken_back(tmp_path):
     again = [HealthWarnings(), KLBudget(0.5)]
     other, _ = make(tmp_path, callbacks=again, resume_from_checkpoint=True)
     other.start(2, 1.0)
-    assert (other.skipped, other._skipped_in_a_row, other.state.global_step) == (1, 1, 1)
+    assert (other.broken_steps.skipped, other.broken_steps.in_a_row, other.state.global_step) == (1, 1, 1)
     assert again[0].history.series["kl"] == [(1, 0.7)]
     assert (again[0].ill, again[0].messages) == ({"KL explosion"}, ["step 0: ill"])
     assert again[1].reason == brakes[1].reason

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken
+from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken, warn_of_fp16
 from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, writing
 from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
@@ -70,11 +70,13 @@ class FusedTrainer(Trainer):
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
         exact_precision(self.accelerator)
+        warn_of_fp16(self.accelerator)
         self.model_accepts_loss_kwargs = True
         self.disable_dropout = disable_dropout
         self.parameter_groups: list[dict[str, Any]] | None = None
-        self.broken_steps = SkipBrokenSteps()
-        self.add_callback(self.broken_steps)
+        broken = SkipBrokenSteps(scaler=self.accelerator.scaler)
+        self.broken_steps = broken.steps
+        self.add_callback(broken)
         self.add_callback(_AfterStep(self))
         self._step, self._window, self._window_steps, self._evaluation = _Sums(), _Sums(), 0, _Sums()
         self._tokens: Tensor | int = 0
@@ -195,8 +197,8 @@ class FusedTrainer(Trainer):
             logs |= self.finish_metrics({"loss": logs["loss"]} | {k: v.item() for k, v in window.items()})
             logs["tokens_per_second"] = round(tokens / max(now - self._tokens_since, 1e-9), 1)
             logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
-            if self.broken_steps.skipped:
-                logs["skipped_steps"] = self.broken_steps.skipped
+            if self.broken_steps.skipped or self.broken_steps.scaler is not None:
+                logs |= self.broken_steps.metrics()
             self._window, self._window_steps, self._tokens, self._tokens_since = _Sums(), 0, 0, now
         super().log(logs, start_time)
 
@@ -315,7 +317,7 @@ class FusedTrainer(Trainer):
             "window_steps": self._window_steps,
             "tokens": int(self._tokens),
             "loss": (self._tr_loss, self._globalstep_last_logged, self.loss_before + self._total_loss_scalar),
-            "skipped": (self.broken_steps.skipped, self.broken_steps._in_a_row),
+            "skipped": self.broken_steps.state_dict(),
         }
 
     def _load_window_state(self) -> None:
@@ -331,7 +333,7 @@ class FusedTrainer(Trainer):
         self._window_steps, self._tokens = state["window_steps"], state["tokens"]
         loss, self._globalstep_last_logged, self.loss_before = state["loss"]
         self._tr_loss = loss.to(self.args.device)
-        self.broken_steps.skipped, self.broken_steps._in_a_row = state["skipped"]
+        self.broken_steps.load_state_dict(state["skipped"])
 
     @property
     def train_loss(self) -> float:

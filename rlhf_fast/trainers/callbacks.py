@@ -54,19 +54,63 @@ class QuietProgress(ProgressCallback):
                 self.training_bar.set_postfix(shown, refresh=False)
 
 
+class SkippedSteps:
+    """Counts the optimiser steps that are left out because a loss or a gradient is not finite; `limit` in a row are an
+    error.
+
+    fp16's gradient scaler begins with a scale that is too high and halves it at each such step. What that costs before
+    the first step that is made is normal, and counted apart, in `searching`.
+    """
+
+    def __init__(self, limit: int = 10, scaler: Any = None):
+        self.limit, self.scaler = limit, scaler
+        self.skipped = self.searching = self.in_a_row = 0
+        self._any_made = False
+
+    def made(self) -> None:
+        """A step was made."""
+        self.in_a_row, self._any_made = 0, True
+
+    def missed(self, step: int) -> None:
+        """Step number `step` was not. Raises FloatingPointError at the limit."""
+        if self.scaler is None or self._any_made:
+            self.skipped += 1
+        else:
+            self.searching += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            scale = "" if self.scaler is None else f" at a loss scale of {self.scaler.get_scale():g}"
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row had gradients that are not finite, up to step {step}{scale}; "
+                "a lower learning_rate, or a look at the data, may help"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """What a log row says of them."""
+        if self.scaler is None:
+            return {"skipped_steps": self.skipped}
+        own = {"loss_scale": self.scaler.get_scale(), "loss_scale_search_steps": self.searching}
+        return {"skipped_steps": self.skipped} | own
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("skipped", "searching", "in_a_row", "_any_made")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
 class SkipBrokenSteps(TrainerCallback):
     """Drops the gradients of a step when one, or the loss, is NaN or infinite: weights and moments stay as they are.
 
-    Every rank decides alike. `limit` such steps in a row end the run. Under fp16 the gradient scaler does this.
+    Every rank decides alike. Under fp16 the gradient scaler drops them, here they are counted.
     """
 
-    def __init__(self, limit: int = 10):
-        self.limit = limit
-        self.skipped = 0
-        self._in_a_row = 0
+    def __init__(self, limit: int = 10, scaler: Any = None):
+        self.steps = SkippedSteps(limit, scaler)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        if args.fp16 or model is None:
+        if model is None:
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not grads:
@@ -75,18 +119,19 @@ class SkipBrokenSteps(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
         if not bad.item():
-            self._in_a_row = 0
+            self.steps.made()
             return
-        for parameter in model.parameters():
-            parameter.grad = None
-        self.skipped += 1
-        self._in_a_row += 1
+        if self.steps.scaler is None:
+            for parameter in model.parameters():
+                parameter.grad = None
         warnings.warn(f"step {state.global_step + 1}: a gradient is not finite, step skipped", stacklevel=2)
-        if self._in_a_row >= self.limit:
-            raise FloatingPointError(
-                f"{self.limit} steps in a row had gradients that are not finite, up to step {state.global_step + 1}; "
-                "a lower learning_rate, or a look at the data, may help"
-            )
+        self.steps.missed(state.global_step + 1)
+
+
+def warn_of_fp16(accelerator: Any) -> None:
+    """accelerate has fp16 on accelerators alone, and says nothing on the CPU."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu" and accelerator.scaler is None:
+        warnings.warn("fp16 is not computed on the CPU: this run is in the dtype of its weights", stacklevel=3)
 
 
 def or_broken(loss: torch.Tensor, factor: float = 1.0) -> torch.Tensor:

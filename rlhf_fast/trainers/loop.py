@@ -32,7 +32,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rlhf_fast.trainers import checkpoint as files
-from rlhf_fast.trainers.callbacks import or_broken
+from rlhf_fast.trainers.callbacks import SkippedSteps, or_broken, warn_of_fp16
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.meters import Meters
@@ -76,10 +76,11 @@ class Loop:
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+        warn_of_fp16(self.accelerator)
         self.spread = spread_of(self.accelerator, config.stage)
         if self.checkpoint is not None and not self.spread.resumable:
             raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} under FSDP2 yet")
-        self.config, self.processing_class, self.max_skipped = config, processing_class, max_skipped_steps
+        self.config, self.processing_class = config, processing_class
         modules = {POLICY: model, **(others or {})}
         for role, module in modules.items():
             if not any(p.requires_grad for p in module.parameters()):
@@ -95,7 +96,7 @@ class Loop:
         self.callbacks = CallbackHandler(every, self.unwrapped, processing_class, self.optimizer, None)
         self.log: RunLog | None = None
         self.seconds: dict[str, float] = defaultdict(float)  # by part, whole run
-        self.skipped = self._skipped_in_a_row = 0
+        self.broken_steps = SkippedSteps(max_skipped_steps, self.accelerator.scaler)
         self._in_step = False
         self.signals = StopSignals()
         self.meters = Meters()
@@ -159,7 +160,7 @@ class Loop:
             seconds=round(total, 3),
             tokens_per_second=round(self.state.num_input_tokens_seen / total, 1),
             seconds_by_part={name: round(value, 3) for name, value in self.seconds.items()},
-            skipped_steps=self.skipped,
+            **self.broken_steps.metrics(),
             peak_memory_mb=round(peak_memory_mb(), 1),
             output_dir=str(self.config.output_dir),
             **values,
@@ -194,14 +195,15 @@ class Loop:
             with self.spread.micro_batch(self.models, last=last):
                 self.spread.backward(or_broken(loss_of(micro), processes))
         if micro_batches:
-            finite = self._clip()
-            if self.accelerator.scaler is not None or finite:  # fp16's scaler skips by itself
+            if self._clip():
                 self.control = self.callbacks.on_pre_optimizer_step(self.arguments, self.state, self.control)
                 self.optimizer.step()
                 self.control = self.callbacks.on_optimizer_step(self.arguments, self.state, self.control)
-                self._skipped_in_a_row = 0
+                self.broken_steps.made()
             else:
-                self._skip()
+                self.broken_steps.missed(self.state.global_step + 1)
+                if self.accelerator.scaler is not None:
+                    self.accelerator.scaler.update()  # a lower scale
             self.optimizer.zero_grad()
         self.record({"learning_rate": self.optimizer.param_groups[0]["lr"]})
         self.pass_updates(1)
@@ -232,15 +234,6 @@ class Loop:
             self.record({"grad_norm" if role == POLICY else f"grad_norm_{role}": norm})
             finite = finite and bool(torch.isfinite(norm))
         return finite
-
-    def _skip(self) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.max_skipped:
-            raise FloatingPointError(
-                f"gradients were NaN or infinite in {self._skipped_in_a_row} steps in a row, "
-                f"up to step {self.state.global_step + 1}: the run is given up"
-            )
 
     def end_step(
         self, metrics: Mapping[str, Any], *, evaluate: Callable[[], Mapping[str, float]] | None = None
@@ -290,7 +283,7 @@ class Loop:
             self._tokens_logged, self._tokens_at = self.state.num_input_tokens_seen, now
         for part, seconds in self.seconds.items():
             row[f"seconds_{part}"] = seconds - self._seconds_logged.get(part, 0.0)
-        row |= {"skipped_steps": self.skipped, "peak_memory_mb": peak_memory_mb(), "epoch": self.state.epoch}
+        row |= self.broken_steps.metrics() | {"peak_memory_mb": peak_memory_mb(), "epoch": self.state.epoch}
         self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)  # may add to the row
         self.log.log(self.state.global_step, row)
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "loss", "kl") if name in row}
@@ -308,14 +301,14 @@ class Loop:
         now = time.perf_counter()
         return {
             "metrics": self.meters.state_dict(),
-            "skipped": (self.skipped, self._skipped_in_a_row),
+            "skipped": self.broken_steps.state_dict(),
             "seconds": (dict(self.seconds), self._seconds_logged, now - self._began),
             "tokens": (self._tokens_logged, now - self._tokens_at),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.meters.load_state_dict(state["metrics"])
-        self.skipped, self._skipped_in_a_row = state["skipped"]
+        self.broken_steps.load_state_dict(state["skipped"])
         seconds, self._seconds_logged, run = state["seconds"]
         self.seconds.update(seconds)
         self._tokens_logged, logged = state["tokens"]
