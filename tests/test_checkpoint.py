@@ -147,10 +147,8 @@ def test_another_stage_is_refused_and_changed_options_are_named(tmp_path):
         restore.check_fits(
             folder, stage="sft", processes=2, options=dict(learning_rate=0.2, seed=1, save_steps=9, new=1)
         )
-    with pytest.raises(ValueError, match="written by 2 processes, this run has 1"):
-        restore.check_fits(folder, stage="sft", processes=1, options={}, strict=True)
     with pytest.warns(UserWarning, match="written by 2 processes, this run has 1: data order"):
-        restore.check_fits(folder, stage="sft", processes=1, options={})
+        assert restore.check_fits(folder, stage="sft", processes=1, options={}) == 2
 
 
 def test_another_model_or_optimiser_is_refused(tmp_path):

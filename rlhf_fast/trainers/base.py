@@ -23,14 +23,23 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken, warn_of_fp16
-from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, writing
+from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, read_marker, writing
 from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
-from rlhf_fast.trainers.restore import check_fits, load_state, load_tensors, load_weights, save_tensors
+from rlhf_fast.trainers.restore import (
+    OPTIMIZER,
+    check_fits,
+    load_optimizer,
+    load_state,
+    load_tensors,
+    load_weights,
+    own_file,
+    save_tensors,
+)
 from rlhf_fast.trainers.run_log import peak_memory_mb
-from rlhf_fast.trainers.sharding import exact_precision, full_state
+from rlhf_fast.trainers.sharding import exact_precision, full_state, gathered_state
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
@@ -261,13 +270,16 @@ class FusedTrainer(Trainer):
         keep = dict(limit=args.save_total_limit, best=state.best_model_checkpoint)
         needed = expected_bytes([self.model], None if args.save_only_model else self.optimizer)
         folder = run_dir / f"checkpoint-{state.global_step}"
+        weights, optimizer = full_state(self.accelerator, self.model), None
+        if weights is not None and not args.save_only_model:  # gathered before a process can fail to write
+            optimizer = gathered_state(self.accelerator, self.optimizer.state_dict())
         with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
-            self.save_model(str(part), _internal_call=True)
+            if weights is None:
+                self.save_model(str(part), _internal_call=True)
+            elif args.should_save:
+                self._save(str(part), state_dict=weights)
             if not args.save_only_model:
-                self._save_optimizer_and_scheduler(str(part))
-                self._save_scaler(str(part))
-                self._save_rng_state(str(part))
-                torch.save(self._window_state(), part / self._own_file)
+                self._save_training(part, optimizer)
             if args.should_save:
                 self._export_callbacks()
                 state.save_to_json(str(part / "trainer_state.json"))
@@ -282,33 +294,48 @@ class FusedTrainer(Trainer):
                 name, own = type(callback).__name__, callback.state()
                 kept[name] = [*kept[name], own] if isinstance(kept.get(name), list) else own
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def _save_training(self, part: Path, optimizer: dict[str, Any] | None) -> None:
+        """What else a run needs to go on; `optimizer` is its whole state where it is sharded."""
+        if optimizer is None:
+            self._save_optimizer_and_scheduler(str(part))
+        elif self.args.should_save:
+            torch.save(optimizer, part / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), part / SCHEDULER)
+        self._save_scaler(str(part))
+        self._save_rng_state(str(part))
+        torch.save(self._window_state(), part / own_file(self.args.process_index))
         if self.args.should_save:
-            save_tensors(self.extra_state(), Path(output_dir) / EXTRA_STATE)
+            save_tensors(self.extra_state(), part / EXTRA_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, target = Path(resume_from_checkpoint), self.model if model is None else model
         options, processes = self.run_options, self.args.world_size
         check_fits(folder, stage=type(self).__name__, processes=processes, options=options)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(target, folder)  # the Trainer only warns where the weights are another model's
 
+    def _load_best_model(self) -> None:
+        if self.accelerator.is_fsdp2:
+            load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._resumed = checkpoint
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except (ValueError, KeyError) as error:
-            words = f"resume_from_checkpoint: the optimiser in {checkpoint} is of other parameters: {error}"
-            raise ValueError(words) from error
-        if checkpoint is not None:
-            self.load_extra_state(load_tensors(Path(checkpoint) / EXTRA_STATE))
-
-    @property
-    def _own_file(self) -> str:
-        return f"process_{self.args.process_index}.pt"
+        if checkpoint is None:
+            return
+        if self.accelerator.is_fsdp2:
+            load_optimizer(self.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
+        else:
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except (ValueError, KeyError) as error:
+                words = f"resume_from_checkpoint: the optimiser in {checkpoint} is of other parameters: {error}"
+                raise ValueError(words) from error
+        self.load_extra_state(load_tensors(Path(checkpoint) / EXTRA_STATE))
 
     def _window_state(self) -> dict[str, Any]:
         """This process's part of what is logged next, and the counters of the run."""
@@ -325,15 +352,21 @@ class FusedTrainer(Trainer):
         if self._resumed is None:
             self.loss_before = 0.0
             return
-        path, self._resumed = Path(self._resumed) / self._own_file, None
-        if not path.is_file():  # of more processes than there were
-            return
-        state = load_state(path)
-        self._window.values = {n: v.to(self.args.device) for n, v in state["window"].items()}
-        self._window_steps, self._tokens = state["window_steps"], state["tokens"]
-        loss, self._globalstep_last_logged, self.loss_before = state["loss"]
-        self._tr_loss = loss.to(self.args.device)
-        self.broken_steps.load_state_dict(state["skipped"])
+        folder, self._resumed = Path(self._resumed), None
+        process, processes, device = self.args.process_index, self.args.world_size, self.args.device
+        before = read_marker(folder).get("processes", processes)
+        if before == processes:
+            states = [load_state(folder / own_file(process))]
+        else:  # the first one takes the sums of all; each an equal share of what the log averages or multiplies
+            states = [load_state(folder / own_file(i)) for i in range(before)]
+        self._window = _Sums()
+        for state in states if before == processes or process == 0 else ():
+            self._window.add({name: value.to(device) for name, value in state["window"].items()})
+        share = 1 if before == processes else processes
+        self._window_steps, self._tokens = states[0]["window_steps"], sum(s["tokens"] for s in states) // share
+        _, self._globalstep_last_logged, self.loss_before = states[0]["loss"]
+        self._tr_loss = torch.stack([state["loss"][0] for state in states]).mean().to(device)
+        self.broken_steps.load_state_dict(states[0]["skipped"])
 
     @property
     def train_loss(self) -> float:
@@ -374,6 +407,7 @@ class _AfterStep(TrainerCallback):
 
 
 EXTRA_STATE = "stage_state.safetensors"
+SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 
 
 class _Sums:

@@ -20,6 +20,7 @@ Departures from the textbook, each exact:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,7 +137,13 @@ class GRPOTrainer(RLTrainer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.todo, self.metrics = [(i, k) for i, k in state["todo"]], dict(state["metrics"])
-        self.built = [from_plain(minibatch, self.accelerator.device) for minibatch in state["built"]]
+        built = [from_plain(minibatch, self.accelerator.device) for minibatch in state["built"]]
+        self.built = [b._replace(micros=self.loop.even(b.micros, _idle)) for b in built]  # weights may be sharded now
+
+    def load_state_of_others(self, state: Mapping[str, Any]) -> None:
+        super().load_state_of_others(state)
+        if state["todo"]:
+            warnings.warn(f"{len(state['todo'])} updates of a rollout by other processes are given up", stacklevel=2)
 
     # ---- score
 
@@ -206,7 +213,7 @@ class GRPOTrainer(RLTrainer):
             experience = experience._replace(trained=torch.zeros_like(experience.trained))
         limits = dict(count=config.per_device_train_batch_size, tokens=config.max_tokens_per_micro_batch)
         micros = self.layout.micro_batches(experience, rows[live], self.tokenizer.pad_token_id, **limits)
-        micros = self.loop.even(micros, lambda m: m._replace(target_ids=torch.full_like(m.target_ids, IGNORE)))
+        micros = self.loop.even(micros, _idle)
         return MiniBatch(micros, max(sequences, 1), max(tokens, 1), max(live_tokens, 1))
 
     # ---- update
@@ -280,6 +287,11 @@ class GRPOTrainer(RLTrainer):
                 sums = self.update(minibatch, on_policy=iteration == k == 0)
                 self.loop.end_step(metrics, evaluate=self.evaluate if self.can_evaluate else None)
         return metrics | {name: float(value) for name, value in sums.items()}
+
+
+def _idle(micro: MicroBatch) -> MicroBatch:
+    """The same with nothing to train on."""
+    return micro._replace(target_ids=torch.full_like(micro.target_ids, IGNORE))
 
 
 def run_grpo(config: GRPOConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:

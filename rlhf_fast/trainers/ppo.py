@@ -145,8 +145,8 @@ class PPOTrainer(RLTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"kl": self.kl.state_dict(), "score_stats": self.score_stats.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+    def load_shared_state(self, state: Mapping[str, Any]) -> None:
+        super().load_shared_state(state)
         self.kl.load_state_dict(state["kl"])
         self.score_stats.load_state_dict(state["score_stats"])
 

@@ -26,6 +26,7 @@ from rlhf_fast.trainers.models.hf_utils import (
     vocabulary_size,
 )
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
+from rlhf_fast.trainers.restore import seed_from
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
@@ -93,9 +94,8 @@ class RLTrainer:
                 part.accelerator = self.accelerator
         self.perplexity = make_perplexity(config, self.tokenizer, known["vocabulary"], perplexity_dataset)
         self.prompts_per_rollout, self.minibatches_per_rollout = config.sizes(self.accelerator.num_processes)
-        self.sampler = self.make_sampler(greedy=False)
         self.order = torch.Generator().manual_seed(config.seed)  # of the prompts
-        self.shuffle = torch.Generator().manual_seed(config.seed + 1 + self.accelerator.process_index)
+        self.begin_generators()
         self._queue: list[int] = []
         self.prompts_seen = 0
         self.reward_first: float | None = None
@@ -117,7 +117,13 @@ class RLTrainer:
 
     # ---- rollout
 
-    def make_sampler(self, *, greedy: bool) -> Any:
+    def begin_generators(self) -> None:
+        """The sampler and the generators that are this process's own, as they are at this step of no earlier run."""
+        seed = seed_from(self.config.seed, self.loop.state.global_step, self.accelerator)
+        self.sampler = self.make_sampler(greedy=False, seed=seed)
+        self.shuffle = torch.Generator().manual_seed(seed + 1)  # of the minibatches
+
+    def make_sampler(self, *, greedy: bool, seed: int | None = None) -> Any:
         config, model = self.config, self.loop.unwrapped
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
@@ -130,7 +136,7 @@ class RLTrainer:
             top_p=1.0 if greedy else config.top_p,
             greedy=greedy,
         )
-        seed = config.seed + self.accelerator.process_index
+        seed = config.seed + self.accelerator.process_index if seed is None else seed
         options = dict(seed=seed, batch_size=config.rollout_batch_size, **config.sampler_options())
         sampler = make_sampler(config.sampler, model, settings, **options)
         return sampler if config.environment is None else conversations(sampler, config, self.tokenizer)
@@ -300,10 +306,20 @@ class RLTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.order.set_state(state["order"])
+        """Take back what `state_dict` gave to this process."""
+        self.load_shared_state(state)
         self.shuffle.set_state(state["shuffle"])
-        self._queue, self.prompts_seen = list(state["queue"]), state["prompts_seen"]
         self.sampler.load_state_dict(state["sampler"])
+
+    def load_state_of_others(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave to a process of another number of them: what all processes have alike."""
+        self.load_shared_state(state)
+        self.begin_generators()
+
+    def load_shared_state(self, state: Mapping[str, Any]) -> None:
+        """The part of the state that is the same on all processes, and the reward functions'."""
+        self.order.set_state(state["order"])
+        self._queue, self.prompts_seen = list(state["queue"]), state["prompts_seen"]
         for function, own in zip(self.reward_functions(), state["rewards"], strict=True):
             if own is not None:
                 function.load_state_dict(own)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -117,12 +117,65 @@ def autocast(accelerator: Accelerator, model: nn.Module) -> AbstractContextManag
     return nullcontext() if is_sharded(model) else accelerator.autocast()
 
 
+@contextmanager
+def taking_whole(model: nn.Module) -> Iterator[None]:
+    """Inside the block `load_state_dict` of a sharded model takes whole tensors; each process keeps its part."""
+
+    def cut(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, own in module.named_parameters(recurse=False):
+            if prefix + name in state:
+                state[prefix + name] = part_of(state[prefix + name], own)
+
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()
+    handles = [module.register_load_state_dict_pre_hook(cut) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def part_of(tensor: Tensor, own: Tensor) -> Tensor:
+    """What this process keeps of a whole tensor that is to lie as `own` does; all of it where `own` is not sharded.
+
+    Every process has read the tensor itself: nothing is sent.
+    """
+    if not hasattr(own, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None).clone()
+
+
+def gathered_state(accelerator: Accelerator, state: Any) -> Any:
+    """Nested dicts and lists with their tensors whole, on the first process's CPU; None in their place on the others.
+
+    Every process calls it; one tensor at a time is whole on the device.
+    """
+    if isinstance(state, Mapping):
+        return {name: gathered_state(accelerator, value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered_state(accelerator, value) for value in state)
+    if not isinstance(state, Tensor):
+        return state
+    tensor = whole(state)
+    return tensor.cpu() if accelerator.is_main_process else None
+
+
 def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
     """A sharded model's whole weights on the first process, in their own dtype; None: the model holds them itself.
 
-    Every process calls it.
+    Tied weights are one tensor, so that they are saved once. Every process calls it.
     """
-    return accelerator.get_state_dict(model) if is_sharded(model) else None
+    if not is_sharded(model):
+        return None
+    state, first = accelerator.get_state_dict(model), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = state[first.setdefault(id(parameter), name)]
+    return state
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, set_seed
 from transformers.trainer_callback import ExportableState
 
 from rlhf_fast.trainers import checkpoint as files
 from rlhf_fast.trainers import restore
 from rlhf_fast.trainers.models.hf_utils import save_model
+from rlhf_fast.trainers.sharding import gathered_state
 
 if TYPE_CHECKING:
     from rlhf_fast.trainers.loop import Loop
@@ -26,7 +27,7 @@ class Snapshot:
 
     Attributes:
         parts: what else has a `state_dict` that a checkpoint must hold, of each process.
-        weights: the same of tensors that all processes have alike.
+        weights: the same of tensors that all processes have alike, or have shards of.
     """
 
     def __init__(self, loop: Loop):
@@ -36,10 +37,14 @@ class Snapshot:
 
     # ---- writing
 
-    def save_model(self, folder: str | os.PathLike) -> None:
+    def model_states(self) -> dict[str, dict[str, torch.Tensor] | None]:
+        """By role the whole weights on the first process, None where the model holds them. Every process calls it."""
+        return {role: self.loop.spread.state_dict(model) for role, model in self.loop.models.items()}
+
+    def save_model(self, folder: str | os.PathLike, states: dict[str, Any] | None = None) -> None:
         """Model in safetensors with its configs and tokenizer; the other roles in folders of their own."""
         loop = self.loop
-        states = {role: loop.spread.state_dict(model) for role, model in loop.models.items()}
+        states = self.model_states() if states is None else states
         if loop.main:
             save_model(loop.unwrapped, folder, loop.processing_class, state=states.pop(POLICY))
             for role, state in states.items():
@@ -55,24 +60,20 @@ class Snapshot:
         about |= dict(resumable=whole, options=config.to_dict())
         keep = dict(limit=config.save_total_limit, best=loop.state.best_model_checkpoint)
         needed = files.expected_bytes(loop.models.values(), loop.optimizer if whole else None)
+        states = self.model_states()  # gathered before a process can fail to write, and leave the others waiting
+        optimizer = loop.spread.optimizer_state(loop.optimizer) if whole else None
+        kept = self.weights.items() if whole else ()
+        weights = {name: gathered_state(loop.accelerator, holder.state_dict()) for name, holder in kept}
         with files.writing(folder, loop.accelerator, needed=needed, **keep, **about) as part:
-            self.save_model(part)
+            self.save_model(part, states)
             if loop.main:
                 loop.state.save_to_json(str(part / "trainer_state.json"))
             if whole:
-                self._save_training(part)
-
-    def _save_training(self, part: Path) -> None:
-        optimizer = self.loop.spread.optimizer_state(self.loop.optimizer)
-        if self.loop.main:
-            torch.save(optimizer, part / restore.OPTIMIZER)
-            for name, holder in self.weights.items():
-                restore.save_tensors(holder.state_dict(), part / f"{name}.safetensors")
-        torch.save(self._own_state(), part / self._own_file)
-
-    @property
-    def _own_file(self) -> str:
-        return f"process_{self.loop.accelerator.process_index}.pt"
+                torch.save(self._own_state(), part / restore.own_file(loop.accelerator.process_index))
+            if whole and loop.main:
+                torch.save(optimizer, part / restore.OPTIMIZER)
+                for name, state in weights.items():
+                    restore.save_tensors(state, part / f"{name}.safetensors")
 
     def _stateful(self) -> dict[str, Any]:
         """By name, what has `state_dict` and `load_state_dict` beside models and optimiser."""
@@ -95,17 +96,22 @@ class Snapshot:
     # ---- reading
 
     def restore(self, folder: Path) -> None:
-        """Everything as it was when the checkpoint was written."""
+        """Everything as it was when the checkpoint was written.
+
+        With another number of processes than then, what belongs to a process alone begins anew: its generators, its
+        part of a rollout.
+        """
         loop, config = self.loop, self.loop.config
-        processes = loop.accelerator.num_processes
-        restore.check_fits(folder, stage=config.stage, processes=processes, options=config.to_dict(), strict=True)
+        processes, process = loop.accelerator.num_processes, loop.accelerator.process_index
+        before = restore.check_fits(folder, stage=config.stage, processes=processes, options=config.to_dict())
         for role, model in loop.models.items():
             loop.spread.load_weights(model, folder if role == POLICY else folder / role)
         loop.spread.load_optimizer(loop.optimizer, folder)
         for name, holder in self.weights.items():
             holder.load_state_dict(restore.load_tensors(folder / f"{name}.safetensors"))
         self._restore_progress(folder)
-        self._load_own_state(restore.load_state(folder / self._own_file), folder)
+        state = restore.load_state(folder / restore.own_file(process % before))
+        self._load_own_state(state, folder, same=before == processes)
 
     def _restore_progress(self, folder: Path) -> None:
         state, saved = self.loop.state, TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -116,13 +122,17 @@ class Snapshot:
             best = folder.parent / f"checkpoint-{saved.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else None
 
-    def _load_own_state(self, state: Mapping[str, Any], folder: Path) -> None:
+    def _load_own_state(self, state: Mapping[str, Any], folder: Path, *, same: bool) -> None:
         stateful = self._stateful()
         if stateful.keys() != state["parts"].keys():
             differ = ", ".join(sorted(stateful.keys() ^ state["parts"].keys()))
             raise ValueError(f"resume_from_checkpoint: {folder} and this run do not both have {differ}")
         for name, part in stateful.items():
-            part.load_state_dict(state["parts"][name])
+            load = part.load_state_dict if same else getattr(part, "load_state_of_others", part.load_state_dict)
+            load(state["parts"][name])
         for callback, attributes in zip(self._exported(), state["callbacks"], strict=False):
             vars(callback).update(attributes)
-        restore.set_random_state(state["random"])
+        if same:
+            restore.set_random_state(state["random"])
+        else:
+            set_seed(restore.seed_from(self.loop.config.seed, self.loop.state.global_step, self.loop.accelerator))

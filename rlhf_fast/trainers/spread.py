@@ -12,7 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_fast.trainers import restore
-from rlhf_fast.trainers.sharding import check_launch, exact_precision, full_state, gathered, shard, whole
+from rlhf_fast.trainers.sharding import (
+    check_launch,
+    exact_precision,
+    full_state,
+    gathered,
+    gathered_state,
+    shard,
+    whole,
+)
 
 Modules = Mapping[str, nn.Module]  # by role
 
@@ -80,7 +88,6 @@ class Sharded(Replicated):
     """FSDP2: weights, gradients and moments are spread; each micro-batch's gradients are summed at once."""
 
     sharded = True
-    resumable = False
 
     def prepare(
         self, modules: Modules, make_optimizer: Callable[[Modules], torch.optim.Optimizer]
@@ -101,6 +108,9 @@ class Sharded(Replicated):
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor] | None:
         return full_state(self.accelerator, model)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any] | None:
+        return gathered_state(self.accelerator, optimizer.state_dict())
 
 
 def spread_of(accelerator: Accelerator, stage: str) -> Replicated:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.sharding import whole
+from rlhf_fast.trainers.sharding import taking_whole, whole
 
 
 class Reference:
@@ -66,12 +66,14 @@ class Reference:
         self.moved = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its weights once `sync` has moved it; empty before, when it is what it was at the start of the run."""
+        """Its weights once `sync` has moved it, as they lie; empty before, when it is what it was at first."""
         return dict(self.model.state_dict()) if self.moved else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back its weights, whole."""
         if state:
-            self.model.load_state_dict(state)
+            with taking_whole(self.model):
+                self.model.load_state_dict(state)
             self.moved = True
 
 
