@@ -78,9 +78,6 @@ class Loop:
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
         warn_of_fp16(self.accelerator)
         self.spread = spread_of(self.accelerator, config.stage)
-        if self.checkpoint is not None and not self.spread.resumable:
-            kind = self.accelerator.distributed_type.value
-            raise ValueError(f"resume_from_checkpoint is not supported by stage {config.stage!r} under {kind}")
         self.config, self.processing_class = config, processing_class
         modules = {POLICY: model, **(others or {})}
         for role, module in modules.items():

@@ -55,7 +55,7 @@ class Snapshot:
         """`checkpoint-<step>` in the output folder; see `rlhf_fast.trainers.checkpoint`."""
         loop, config, step = self.loop, self.loop.config, self.loop.state.global_step
         folder = Path(config.output_dir) / f"checkpoint-{step}"
-        whole = loop.spread.resumable and not config.save_only_model
+        whole = not config.save_only_model
         about = dict(step=step, stage=config.stage, processes=loop.accelerator.num_processes)
         about |= dict(resumable=whole, options=config.to_dict())
         keep = dict(limit=config.save_total_limit, best=loop.state.best_model_checkpoint)

@@ -29,7 +29,6 @@ class Replicated:
     """Every process has all weights (one process, or DDP); gradients meet in an update's last backward."""
 
     sharded = False  # whether every process has to make as many forwards as the others
-    resumable = True
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
