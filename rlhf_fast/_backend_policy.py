@@ -10,6 +10,10 @@ from torch import Tensor
 from rlhf_fast._backend import cpp_module, num_threads, pointer
 
 KL_CODES = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
+FORMS = {  # as PolicyForm in csrc/cpu/policy.h
+    name: i for i, name in enumerate(("clip", "vanilla", "cispo", "sapo", "kl_cov", "dro", "dppo_tv", "geo_mean"))
+}
+LEVELS = {"token": 0, "sequence": 1, "sequence_token": 2}
 
 
 def policy_clip(
@@ -26,8 +30,13 @@ def policy_clip(
     segments: int,
     length: int,
     *,
-    clip_low: float,
-    clip_high: float,
+    form: str,
+    level: str,
+    low: float,
+    high: float,
+    first: float,
+    second: float,
+    held: Tensor | None,  # (n,), for form "kl_cov"
     delta: float | None,
     dual_clip: float | None,
     beta: float,
@@ -39,18 +48,17 @@ def policy_clip(
     dentropy: Tensor | None,  # (n,), written
     sums: Tensor,  # (12,), written
 ) -> None:
-    """Sums, dloss/dlogprob and dloss/dentropy of the clip family in one pass."""
+    """Sums, dloss/dlogprob and dloss/dentropy of a policy loss in one pass."""
     n = logprob.numel()
-    each = {"logprob": logprob, "old_logprob": old_logprob, "policy_weight": policy_weight, "ref_logprob": ref_logprob}
-    each.update(entropy=entropy, dlogprob=dlogprob, dentropy=dentropy)
-    for name, tensor in each.items():
-        _check(name, tensor, (n,))
-    per_sequence = False
-    for name, tensor in {"advantages": advantages, "weight": weight, "entropy_weight": entropy_weight}.items():
-        _check(name, tensor, (n,), (segments,), (1,))
-        per_sequence |= tensor is not None and tensor.numel() not in (1, n)
-    _check("mask", mask, (n,), dtype=torch.bool)
-    _check("sums", sums, (12,))
+    _check_each(n, torch.float32, logprob=logprob, old_logprob=old_logprob, policy_weight=policy_weight, held=held,
+                ref_logprob=ref_logprob, entropy=entropy, dlogprob=dlogprob, dentropy=dentropy)  # fmt: skip
+    per_sequence = form == "geo_mean" or level != "token"
+    for name, tensor in (("advantages", advantages), ("weight", weight), ("entropy_weight", entropy_weight)):
+        if tensor is not None and not _good(tensor, n, torch.float32):
+            _check(name, tensor, (n,), (segments,), (1,))
+            per_sequence |= tensor.numel() not in (1, n)
+    _check_each(n, torch.bool, mask=mask)
+    _check_each(12, torch.float32, sums=sums)
     if per_sequence:
         _check("offsets", offsets, (segments + 1,), dtype=torch.int64)
         if offsets is None and segments * length != n:
@@ -59,14 +67,19 @@ def policy_clip(
             raise ValueError(f"offsets must run from 0 to {n}, got {int(offsets[0])}..{int(offsets[-1])}")
     if (dentropy is not None) > (entropy is not None and entropy_weight is not None):
         raise ValueError("dentropy was asked for without entropy and entropy_weight")
+    if (form == "kl_cov") != (held is not None):
+        raise ValueError(
+            f"held must be given for form 'kl_cov' alone, got it {'without' if held is None else 'beside'}"
+        )
     count = 0 if entropy_weight is None else entropy_weight.numel()
     cpp_module().policy_clip(
-        n, pointer(logprob), pointer(old_logprob), pointer(advantages), advantages.numel(), pointer(weight),
-        weight.numel(), pointer(mask), pointer(policy_weight), pointer(ref_logprob), pointer(entropy),
-        pointer(entropy_weight), count, pointer(offsets) if per_sequence else 0, segments, length,
-        1 - clip_low, 1 + clip_high, math.inf if delta is None else delta,
-        math.inf if dual_clip is None else dual_clip, beta, KL_CODES[kl_estimator], KL_CODES[kl_gradient],
-        kl_correction, entropy_coef, pointer(dlogprob), pointer(dentropy), pointer(sums), num_threads(),
+        n, FORMS[form], LEVELS[level], pointer(logprob), pointer(old_logprob), pointer(advantages),
+        advantages.numel(), pointer(weight), weight.numel(), pointer(mask), pointer(policy_weight),
+        pointer(ref_logprob), pointer(entropy), pointer(entropy_weight), count,
+        pointer(offsets) if per_sequence else 0, segments, length,
+        low, high, math.inf if delta is None else delta, math.inf if dual_clip is None else dual_clip, beta,
+        KL_CODES[kl_estimator], KL_CODES[kl_gradient], kl_correction, entropy_coef, first, second, pointer(held),
+        pointer(dlogprob), pointer(dentropy), pointer(sums), num_threads(),
     )  # fmt: skip
 
 
@@ -82,6 +95,16 @@ def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: 
     if offsets is None and segments * length != n:
         raise ValueError(f"mask must hold {segments} sequences of {length}, got {n} tokens")
     cpp_module().segment_counts(pointer(mask), pointer(offsets), segments, length, pointer(out), num_threads())
+
+
+def _good(tensor: Tensor, n: int, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.shape == (n,) and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _check_each(n: int, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not _good(tensor, n, dtype):
+            _check(name, tensor, (n,), dtype=dtype)
 
 
 def _check(name: str, tensor: Tensor | None, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:

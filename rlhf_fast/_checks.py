@@ -42,6 +42,25 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], dims: str) -
         raise ValueError(f"{name} must be {dims}={shape_str(expected)}, got {shape_str(tensor.shape)}")
 
 
+def alike(first: object, *others: object) -> bool:
+    """Whether all are dense tensors of supported floating dtypes, of one shape and on one device; None may be among
+    the others. Where it holds, the single checks have nothing to say."""
+    if not isinstance(first, Tensor):
+        return False
+    shape, device = first.shape, first.device
+    return all(
+        t is None
+        or (
+            isinstance(t, Tensor)
+            and t.dtype in FLOAT_DTYPES
+            and t.shape == shape
+            and t.device == device
+            and t.layout is torch.strided
+        )
+        for t in (first, *others)
+    )
+
+
 def check_no_tangent(op: str, **tensors: Tensor | None) -> None:
     """Raise where a tensor carries a tangent: torch's custom ops would drop it, and pass for a derivative of 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:

@@ -10,9 +10,11 @@ import itertools
 import pytest
 import torch
 from _budget import assert_within_budget
+from policy_cases import make_batch, options_of, pack
 
-from rlhf_fast import policy_loss
+from rlhf_fast import _backend_policy, policy_loss
 from rlhf_fast._backend import cpp_available, cpp_module, use_backend
+from rlhf_fast.losses import PolicyLoss
 from rlhf_fast.ops.policy import SUMS, ClipTerms, clip_loss, segment_counts
 
 pytestmark = pytest.mark.skipif(not cpp_available(), reason="the C++ extension is not built")
@@ -131,6 +133,119 @@ def test_one_number_per_sequence_is_the_same_as_one_per_token(lengths, which, is
         assert torch.equal(a.dlogprob, b.dlogprob)
         assert torch.equal(a.dentropy, b.dentropy)
     compare({**t, "logprob": t["logprob"].nan_to_num()}, TERMS["all"])
+
+
+# ---- other formulas, and the ratio of a sequence -----------------------------------------------------------------
+
+FORMS = ["reinforce", "gpg", "cispo", "sapo", "kl_cov", "dro", "dppo_tv", "geo_mean", "gspo", "luspo"]
+OPTIONS = {
+    "plain": {},
+    "kl": {"beta": 0.2, "kl_gradient": "k2"},
+    "kl_corrected": {"beta": 0.2, "kl_correction": True, "entropy_coef": 0.02},
+    "sequence_token": {"importance_level": "sequence_token", "beta": 0.2, "kl_correction": True},
+    "selected": {"correction": "token_truncate", "off_policy_threshold": 0.1, "top_entropy": 0.5},
+    "bounds": {"delta": 1.1, "dual_clip": 1.5},
+}
+RAGGED = ((700, 0, 33, 1, 16, 250), (20_000, 17_000, 3))
+
+
+def loss_of(kind, batch, options, dtype, *, fused=False, packed=False):
+    """(loss, metrics, dlogprob, dentropy) of `policy_loss`, or of the loss_fn in the way of fused_linear_loss."""
+    b = pack(batch) if packed else dict(batch)
+    b = {k: t.to(dtype) if t.is_floating_point() else t for k, t in b.items()}
+    b.pop("noise")
+    logprob, entropy = (b.pop(k).requires_grad_() for k in ("logprob", "entropy"))
+    old, advantages = b.pop("old_logprob"), b.pop("advantages")
+    if not fused:
+        loss, metrics = policy_loss(logprob, old, advantages, kind=kind, entropy=entropy, **b, **options)
+        return loss.detach(), metrics, *torch.autograd.grad(loss, [logprob, entropy], allow_unused=True)
+    loss_fn = PolicyLoss(kind, **options)
+    given = {k: b[k] for k in ("ref_logprob", "rollout_logprob")} | {"old_logprob": old, "advantages": advantages}
+    given |= {"logprob": logprob.detach(), "old_entropy": entropy.detach()}
+    prepared = loss_fn.prepare(given, None, b["cu_seqlens"])
+    result = loss_fn.gradient(logprob, entropy, prepared)
+    return result.loss, result.metrics, result.dlogprob, result.dentropy
+
+
+@pytest.mark.parametrize("how", ["padded", "packed", "fused"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", FORMS)
+def test_other_formulas(kind, options, how, isa):
+    if "importance_level" in options and kind not in ("gspo", "luspo"):
+        pytest.skip("composed in torch")
+    wide = {"clip_low": 0.1, "clip_high": 0.1} if kind in ("gspo", "luspo") else {}
+    options = {**options_of(kind), **wide, **options}
+    for lengths in RAGGED[: 1 if isa == "portable" or how == "fused" else 2]:
+        batch = make_batch(lengths, max(lengths), dtype=torch.float32, per_token=kind in ("geo_mean", "kl_cov"))
+        layout = {"fused": how == "fused", "packed": how != "padded"}
+        if how == "padded":  # what is masked is never looked at
+            for name in ("logprob", "old_logprob", "ref_logprob"):
+                batch[name][~batch["mask"]] = float("nan")
+        results = []
+        for backend, dtype in (("cpp", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+            with use_backend(backend):
+                results.append(loss_of(kind, batch, options, dtype, **layout))
+        (loss, metrics, *ours), (naive_loss, naive_metrics, *naive), (exact_loss, exact_metrics, *exact) = results
+        assert metrics.keys() == naive_metrics.keys()
+        assert_within_budget(loss, naive_loss, exact_loss, torch.float32, scale=max(1.0, exact_loss.abs().item()))
+        for name, value in exact_metrics.items():
+            scale = max(1.0, value.abs().item())
+            assert_within_budget(metrics[name], naive_metrics[name], value, torch.float32, scale=scale, name=name)
+        for name, a, b, c in zip(("dlogprob", "dentropy"), ours, naive, exact, strict=True):
+            if c is None:
+                assert a is None or not a.any()
+                continue
+            size = c.abs().max()
+            assert size > 0 or name == "dentropy"
+            near = (b.double() - c).abs() > 1e-3 * size  # on the other side of a clip's edge, in fp32
+            assert near.double().mean() < 0.01
+            assert_within_budget(a[~near] / size, b[~near] / size, c[~near] / size, torch.float32, name=name)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_pass_is_taken(kind, monkeypatch):
+    batch = make_batch(dtype=torch.float32)
+    calls = []
+    original = _backend_policy.policy_clip
+    monkeypatch.setattr(_backend_policy, "policy_clip", lambda *a, **k: (calls.append(k["form"]), original(*a, **k)))
+    loss_of(kind, batch, options_of(kind), torch.float32)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["gspo", "geo_mean", "sapo"])
+def test_other_formulas_have_the_same_bits_on_any_number_of_threads(kind):
+    batch = make_batch((30_000, 2, 20_000, 9_000), 30_000, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(loss_of(kind, batch, {"beta": 0.1}, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("kind", ["gspo", "cispo", "geo_mean"])
+def test_other_formulas_refuse_a_second_derivative_and_leave_tangents_to_torch(kind):
+    b = make_batch(dtype=torch.float32)
+    x = b["logprob"].clone().requires_grad_()
+    loss = lambda x: policy_loss(x, b["old_logprob"], b["advantages"], kind=kind, mask=b["mask"])[0]  # noqa: E731
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+    _, tangent = torch.func.jvp(loss, (b["logprob"],), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, grad.detach().sum())
+
+
+def test_nan_of_one_sequence_stays_in_it():
+    b = make_batch((9, 12, 5), dtype=torch.float32)
+    b["logprob"][1, 3] = float("nan")
+    gradient = loss_of("gspo", b, {"beta": 0.1, "kl_correction": True}, torch.float32)[2]
+    assert gradient[1].isnan().any()
+    assert not gradient[0].isnan().any()
+    assert not gradient[2].isnan().any()
+    assert not gradient[~b["mask"]].any()
 
 
 def test_nan_of_a_counted_token_reaches_the_loss_and_the_extremes(isa):

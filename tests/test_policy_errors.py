@@ -217,6 +217,15 @@ def test_masked_quantile(q, count):
     assert masked_quantile(values, torch.zeros(20), q) == 0
 
 
+@pytest.mark.parametrize("count", [1, 7, 30, 1000])
+def test_largest_takes_the_first_among_equals(count):
+    scores, eligible = torch.randint(0, 9, (400,)).double(), torch.rand(400) < 0.6
+    order = sorted(eligible.nonzero().flatten().tolist(), key=lambda i: (-scores[i].item(), i))
+    want = torch.zeros(400, dtype=torch.bool)
+    want[order[:count]] = True
+    assert torch.equal(largest(scores, eligible, torch.tensor(count)), want)
+
+
 def test_largest():
     scores = torch.tensor([3.0, 9.0, 5.0, 7.0, 1.0])
     eligible = torch.tensor([True, False, True, True, True])

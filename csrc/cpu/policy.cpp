@@ -22,16 +22,32 @@ const PolicyKernels& kernels() {
   return kPolicyKernelsPortable;
 }
 
+bool by_sequence(const PolicyClip& a) { return a.level != kToken || a.form == kGeoMean; }
+
+// Where the blocks begin that a thread takes: tokens, or sequences where those have a ratio of their own.
+std::vector<int64_t> block_bounds(const PolicyClip& a) {
+  std::vector<int64_t> bounds{0};
+  if (!by_sequence(a)) {
+    for (int64_t i = kTokensPerBlock; i < a.n; i += kTokensPerBlock) bounds.push_back(i);
+    if (a.n) bounds.push_back(a.n);
+    return bounds;
+  }
+  const auto start = [&](int64_t s) { return a.offsets ? a.offsets[s] : s * a.length; };
+  for (int64_t s = 1; s <= a.segments; ++s) {
+    if (s == a.segments || start(s) - start(bounds.back()) >= kTokensPerBlock) bounds.push_back(s);
+  }
+  return bounds;
+}
+
 }  // namespace
 
 void policy_clip(const PolicyClip& a, int threads) {
-  const int64_t blocks = (a.n + kTokensPerBlock - 1) / kTokensPerBlock;
+  const std::vector<int64_t> bounds = block_bounds(a);
+  const int64_t blocks = static_cast<int64_t>(bounds.size()) - 1;
   std::vector<double> partial(blocks * kPolicySums);
-  const PolicyKernels& chosen = kernels();
+  const auto pass = by_sequence(a) ? kernels().sequences : kernels().tokens;
   parallel_for(blocks, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) {
-      chosen.clip(a, b * kTokensPerBlock, std::min(a.n, (b + 1) * kTokensPerBlock), &partial[b * kPolicySums]);
-    }
+    for (int64_t b = first; b < last; ++b) pass(a, bounds[b], bounds[b + 1], &partial[b * kPolicySums]);
   });
   double sums[kPolicySums] = {};
   double& max = sums[kPolicySums - 2] = -std::numeric_limits<double>::infinity();

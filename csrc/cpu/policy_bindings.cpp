@@ -12,14 +12,17 @@ T* as(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void policy_clip(int64_t n, uintptr_t logprob, uintptr_t old_logprob, uintptr_t advantages, int64_t advantage_count,
+void policy_clip(int64_t n, int form, int level, uintptr_t logprob, uintptr_t old_logprob, uintptr_t advantages, int64_t advantage_count,
                  uintptr_t weight, int64_t weight_count, uintptr_t mask, uintptr_t policy_weight,
                  uintptr_t ref_logprob, uintptr_t entropy, uintptr_t entropy_weight, int64_t entropy_weight_count,
                  uintptr_t offsets, int64_t segments, int64_t length, double low, double high, double delta,
                  double dual_clip, double beta, int kl_estimator, int kl_gradient, bool kl_correction,
-                 double entropy_coef, uintptr_t dlogprob, uintptr_t dentropy, uintptr_t sums, int threads) {
+                 double entropy_coef, double first, double second, uintptr_t held, uintptr_t dlogprob,
+                 uintptr_t dentropy, uintptr_t sums, int threads) {
   rlhf::PolicyClip a{};
   a.n = n;
+  a.form = form;
+  a.level = level;
   a.logprob = as<const float>(logprob);
   a.old_logprob = as<const float>(old_logprob);
   a.advantages = {as<const float>(advantages), advantage_count};
@@ -41,6 +44,9 @@ void policy_clip(int64_t n, uintptr_t logprob, uintptr_t old_logprob, uintptr_t 
   a.kl_gradient = kl_gradient;
   a.kl_correction = kl_correction;
   a.entropy_coef = float(entropy_coef);
+  a.first = float(first);
+  a.second = float(second);
+  a.held = as<const float>(held);
   a.dlogprob = as<float>(dlogprob);
   a.dentropy = as<float>(dentropy);
   a.sums = as<float>(sums);

@@ -1,220 +1,126 @@
 // The policy pass for one instruction set: compiled as often as row_pass_kernel.cpp (CMakeLists.txt).
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
 #include "../common/affine_scan.h"
-#include "policy.h"
-#include "row_pass_vec.h"
+#include "policy_forms.h"
 
 namespace rlhf {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kMaxLogRatio = 20.0f;
-// Lanes add up kInner numbers, then kOuter such sums, then go into doubles: rounding as in a pairwise sum.
-constexpr int kInner = 16, kOuter = 16;
+constexpr int kInner = 16, kOuter = 16;  // vectors in a float sum, such sums in a float sum of sums
 
-// What a comparison of two Vec gives: all bits set where it holds.
-typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));
+bool per_segment(const PolicyClip& a, const Spread& s) { return s.data && s.count != a.n && s.count != 1; }
 
-// Set where a byte is not 0.
-inline Mask load_mask(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<Mask>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) != 0;
-#elif defined(__AVX2__)
-  return reinterpret_cast<Mask>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))) != 0;
-#else
-  return Mask{p[0], p[1], p[2], p[3]} != 0;
-#endif
+Constants constants_of(const PolicyClip& a, int64_t segment) {
+  const auto of = [&](const Spread& s) {
+    return s.data && s.count != a.n ? all(s.data[s.count == 1 ? 0 : segment]) : all(0.0f);
+  };
+  Constants c{};
+  c.advantage = of(a.advantages);
+  c.weight = of(a.weight);
+  c.entropy_weight = of(a.entropy_weight);
+  c.low = all(a.low);
+  c.high = all(a.high);
+  c.delta = all(a.delta);
+  c.dual_clip = all(a.dual_clip);
+  c.first = all(a.first);
+  c.second = all(a.second);
+  return c;
 }
 
-inline Vec pick(Mask which, Vec yes, Vec no) { return which ? yes : no; }
-inline Vec at_most(Vec x, Vec high) { return pick(x > high, high, x); }  // keeps a NaN of x
+// The tokens of a vector that count, their weights and advantages, whatever is per token or not.
+template <class Get>
+struct Counted {
+  const float* advantages;
+  const float* weights;
+  const uint8_t* mask;
+  const Constants& same;
+  Get get;
+  Mask present;
 
-// exp(x) - 1 - x given e = exp(x); by its series for |x| < 0.5, where the difference cancels (truncated below 2e-9).
-inline Vec minus_1_minus_x(Vec x, Vec e) {
-  Vec p = fma(x, all(1.0f / 362880), all(1.0f / 40320));
-  p = fma(p, x, all(1.0f / 5040));
-  p = fma(p, x, all(1.0f / 720));
-  p = fma(p, x, all(1.0f / 120));
-  p = fma(p, x, all(1.0f / 24));
-  p = fma(p, x, all(1.0f / 6));
-  p = fma(p, x, all(0.5f));
-  return pick(abs_of(x) < all(0.5f), p * x * x, (e - all(1.0f)) - x);
-}
+  Counted(const PolicyClip& a, const Constants& c, Get g, Mask there)
+      : advantages(a.advantages.count == a.n ? a.advantages.data : nullptr),
+        weights(a.weight.count == a.n ? a.weight.data : nullptr), mask(a.mask), same(c), get(g), present(there) {}
 
-struct Kl {
-  Vec value, slope;  // slope: by logprob
-};
-
-// d = logprob - ref_logprob.
-inline Kl kl_of(Vec d, int estimator, int gradient) {
-  Vec k3 = d, k3_slope = d;
-  if (estimator == kK3 || gradient == kK3) {
-    const Vec x = at_most(all(-1.0f) * d, all(kMaxLogRatio));
-    k3 = minus_1_minus_x(x, exp_of(at_least(x, all(kLowest))));
-    k3_slope = pick(d < all(-kMaxLogRatio), all(0.0f), all(-1.0f) * (k3 + x));
+  Vec any_weight(int64_t i) const { return weights ? get(weights + i) : same.weight; }
+  Mask valid(int64_t i) const {
+    Mask valid = (any_weight(i) != all(0.0f)) & present;
+    if (mask) valid &= get.mask(mask + i);
+    return valid;
   }
-  const Vec value = estimator == kK1 ? d : estimator == kAbs ? abs_of(d) : estimator == kK2 ? all(0.5f) * d * d : k3;
-  const Vec sign = pick(d > all(0.0f), all(1.0f), pick(d < all(0.0f), all(-1.0f), d * all(0.0f)));
-  const Vec slope = gradient == kK1 ? all(1.0f) : gradient == kAbs ? sign : gradient == kK2 ? d : k3_slope;
-  return {value, slope};
-}
-
-// Sums by lane: six of floats, four counts, two extremes.
-enum { kLoss, kPolicy, kRatio, kDrift, kKl, kEntropy, kFloats };
-enum { kLow, kHigh, kFar, kCount, kCounts };
-
-struct Tally {
-  Vec floats[kFloats];
-  Mask counts[kCounts];
-  Vec max, min;
-
-  void clear() {
-    for (Vec& x : floats) x = all(0.0f);
-    for (Mask& x : counts) x = Mask{};
-    max = all(-kInf);
-    min = all(kInf);
-  }
-
-  void add(const Tally& t) {
-    for (int k = 0; k < kFloats; ++k) floats[k] = floats[k] + t.floats[k];
-    for (int k = 0; k < kCounts; ++k) counts[k] += t.counts[k];
-    max = pick((t.max > max) | (t.max != t.max), t.max, max);
-    min = pick((t.min < min) | (t.min != t.min), t.min, min);
-  }
-
-  void flush(double* sums) {
-    static constexpr int kFloatSlot[kFloats] = {0, 1, 5, 6, 7, 8}, kCountSlot[kCounts] = {2, 3, 4, 9};
-    float lanes[kLanes];
-    for (int k = 0; k < kFloats; ++k) {
-      store(lanes, floats[k]);
-      for (float x : lanes) sums[kFloatSlot[k]] += double{x};
-    }
-    for (int k = 0; k < kCounts; ++k) {
-      int64_t count = 0;
-      for (int lane = 0; lane < kLanes; ++lane) count -= counts[k][lane];
-      sums[kCountSlot[k]] += double(count);
-    }
-    store(lanes, max);
-    for (float x : lanes) sums[10] = x > sums[10] || x != x ? double{x} : sums[10];
-    store(lanes, min);
-    for (float x : lanes) sums[11] = x < sums[11] || x != x ? double{x} : sums[11];
-    clear();
+  Vec advantage(int64_t i, Mask valid) const {
+    return pick(valid, advantages ? get(advantages + i) : same.advantage, all(0.0f));
   }
 };
 
-// Loads of whole vectors; or of the last `some` < kLanes tokens, the missing ones 0.
-struct Whole {
-  Vec operator()(const float* p) const { return load(p); }
-  Mask mask(const uint8_t* p) const { return load_mask(p); }
-  void put(float* p, Vec x) const { store(p, x); }
-};
-
-struct Part {
-  int some;
-  Vec operator()(const float* p) const {
-    float lanes[kLanes] = {};
-    for (int i = 0; i < some; ++i) lanes[i] = p[i];
-    return load(lanes);
-  }
-  Mask mask(const uint8_t* p) const {
-    Mask m{};
-    for (int i = 0; i < some; ++i) m[i] = p[i] ? -1 : 0;
-    return m;
-  }
-  void put(float* p, Vec x) const {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int i = 0; i < some; ++i) p[i] = lanes[i];
-  }
-  Mask present() const {
-    Mask m{};
-    for (int i = 0; i < some; ++i) m[i] = -1;
-    return m;
-  }
-};
-
-// What is the same for all tokens of a sequence. Held by value: a store of a gradient cannot change it.
-struct Constants {
-  Vec advantage, weight, entropy_weight;
-
-  Constants(const PolicyClip& a, int64_t segment) {
-    const auto of = [&](const Spread& s) {
-      return s.data && s.count != a.n ? all(s.data[s.count == 1 ? 0 : segment]) : all(0.0f);
-    };
-    advantage = of(a.advantages);
-    weight = of(a.weight);
-    entropy_weight = of(a.entropy_weight);
-  }
-};
-
-// Up to kInner vectors of tokens from `i` on, all of one sequence where something is per sequence. kOld: there is an
-// old_logprob; kRef: a ref_logprob; kMore: per-token policy weights or an entropy.
-template <bool kOld, bool kRef, bool kMore, class Get>
-inline Tally run(const PolicyClip& a, const Constants& same, int64_t i, int steps, Mask present, Get get) {
+// Up to kInner vectors of tokens from `i` on, all of one sequence where something is per sequence. kOld, kRef, kMore:
+// there may be an old_logprob; a ref_logprob; policy weights or an entropy. kLevel: whose ratio it is.
+template <int kForm, int kLevel, bool kOld, bool kRef, bool kMore, class Get>
+inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int steps, Mask present, Get get) {
+  constexpr bool kShares = kLevel == kSequence || kForm == kGeoMean;  // gradient that all tokens of a sequence share
+  constexpr bool kByRatio = kForm == kClip || kForm == kSapo || kForm == kKlCov || kForm == kGeoMean;
+  const Constants same = given;
+  const Counted<Get> counted(a, same, get, present);
   const float* const logprob = a.logprob;
   const float* const old_logprob = a.old_logprob;
   const float* const ref_logprob = a.ref_logprob;
-  const float* const advantages = a.advantages.count == a.n ? a.advantages.data : nullptr;
-  const float* const weights = a.weight.count == a.n ? a.weight.data : nullptr;
   const float* const entropy_weights = a.entropy_weight.count == a.n ? a.entropy_weight.data : nullptr;
-  const uint8_t* const mask = a.mask;
   float* const dlogprob = a.dlogprob;
-  const Vec one_advantage = same.advantage, one_weight = same.weight;
-  const Vec zero = all(0.0f), minus = all(-1.0f), low = all(a.low), high = all(a.high), delta = all(a.delta);
-  const Vec dual_clip = all(-a.dual_clip), beta = all(a.beta);
+  const Vec zero = all(0.0f), beta = all(a.beta);
   Tally t;
   t.clear();
   for (const int64_t end = i + int64_t{steps} * kLanes; i < end; i += kLanes) {
-    const Vec any_weight = weights ? get(weights + i) : one_weight;
-    Mask valid = (any_weight != zero) & present;
-    if (mask) valid &= get.mask(mask + i);
-    const auto clean = [&](const float* p) { return pick(valid, get(p + i), zero); };
-    const Vec w = pick(valid, any_weight, zero);
-    const Vec logp = clean(logprob);
-    const Vec adv = pick(valid, advantages ? get(advantages + i) : one_advantage, zero);
-
-    Vec bounded = zero, ratio = all(1.0f), dratio = ratio;
-    if (kOld) {
-      const Vec log_ratio = logp - clean(old_logprob);
-      bounded = at_most(at_least(log_ratio, all(-kMaxLogRatio)), all(kMaxLogRatio));
-      ratio = exp_of(bounded);
-      dratio = pick(bounded == log_ratio, ratio, zero);
+    const Mask valid = counted.valid(i);
+    const auto clean = [&](const float* p) { return pick(valid, get(p), zero); };
+    const Vec w = pick(valid, counted.any_weight(i), zero);
+    Token x{clean(logprob + i), counted.advantage(i, valid), {}, zero, all(1.0f), zero};
+    x.old_logprob = x.logprob;
+    Vec dratio = all(1.0f);
+    if (kOld && old_logprob) {
+      x.old_logprob = clean(old_logprob + i);
+      x.moved = x.logprob - x.old_logprob;
+      const Vec bounded = at_most(at_least(x.moved, all(-kMaxLogRatio)), all(kMaxLogRatio));
+      const Exponential e = exponential(bounded);
+      x.ratio = e.value;
+      x.less_one = e.less_one;
+      dratio = pick(bounded == x.moved, e.value, zero);
+      t.floats[kDriftSum] = t.floats[kDriftSum] + e.rest;
     }
-    const Vec open = at_most(ratio, delta);
-    const Vec minus_adv = minus * adv;
-    const Vec open_loss = open * minus_adv;
-    const Vec clip_loss = at_most(at_least(ratio, low), high) * minus_adv;
-    const Mask open_wins = open_loss >= clip_loss, negative = adv < zero;
-    const Vec cap = dual_clip * adv;
-    Vec loss = pick(open_wins, open_loss, clip_loss);
-    const Mask capped = negative & (loss > cap);
-    loss = pick(capped, cap, loss);
-    // The clipped branch wins strictly only where the ratio left the range, save for a delta inside of it.
-    const Mask inside = (ratio >= low) & (ratio <= high), free = ratio == open;
-    const Mask moves = ((open_wins & free) | (~open_wins & inside)) & ~capped;
-    Vec slope = pick(moves, minus_adv * dratio, zero);
+    if (kLevel != kToken) {
+      x.ratio = same.ratio;
+      dratio = same.dratio;
+    }
+    Loss policy = loss_of<kForm>(x, same, kForm == kKlCov ? clean(a.held + i) : zero);
     if (kMore && a.policy_weight) {
-      const Vec v = clean(a.policy_weight);
-      loss = loss * v;
-      slope = slope * v;
+      const Vec v = clean(a.policy_weight + i);
+      policy.loss = policy.loss * v;
+      policy.direct = policy.direct * v;
+      policy.by_ratio = policy.by_ratio * v;
     }
-    const Vec policy = w * loss;
-    Vec total = policy;
-    if (kRef) {
-      const Kl kl = kl_of(logp - clean(ref_logprob), a.kl_estimator, a.kl_gradient);
+    const Vec weighted = w * policy.loss;
+    Vec total = weighted, slope = policy.direct, shared = zero;
+    if (kShares) {
+      shared = policy.by_ratio * same.dratio;
+    } else if (kByRatio) {
+      slope = kForm == kClip ? policy.by_ratio * dratio : fma(policy.by_ratio, dratio, slope);
+    }
+    if (kRef && ref_logprob) {
+      const Kl kl = kl_of(x.logprob - clean(ref_logprob + i), a.kl_estimator, a.kl_gradient);
       const Vec value = pick(valid, kl.value, zero);
-      const Vec term = a.kl_correction ? value * ratio : value;
-      const Vec dkl = a.kl_correction ? fma(kl.slope, ratio, value * dratio) : kl.slope;
-      total = fma(w * term, beta, total);
-      slope = fma(dkl, beta, slope);
-      t.floats[kKl] = t.floats[kKl] + value;
+      const Vec by_ratio = a.kl_correction ? value * dratio : zero;
+      const Vec direct = a.kl_correction ? kl.slope * x.ratio : kl.slope;
+      total = fma(w * (a.kl_correction ? value * x.ratio : value), beta, total);
+      slope = fma(kLevel == kSequence ? direct : direct + by_ratio, beta, slope);
+      if (kLevel == kSequence) shared = fma(by_ratio, beta, shared);
+      t.floats[kKlSum] = t.floats[kKlSum] + value;
     }
-    get.put(dlogprob + i, w * slope);
+    const Vec own = w * slope;  // a sequence may have a NaN where one of its tokens does not count
+    get.put(dlogprob + i, kLevel == kToken ? own : pick(valid, own, zero));
+    if (kShares) t.floats[kSharedSum] = t.floats[kSharedSum] + w * shared;
     if (kMore && a.entropy) {
-      const Vec entropy = clean(a.entropy);
-      t.floats[kEntropy] = t.floats[kEntropy] + entropy;
+      const Vec entropy = clean(a.entropy + i);
+      t.floats[kEntropySum] = t.floats[kEntropySum] + entropy;
       if (a.dentropy) {
         const Vec u = pick(valid, entropy_weights ? get(entropy_weights + i) : same.entropy_weight, zero);
         const Vec dentropy = all(-a.entropy_coef) * u;
@@ -222,66 +128,181 @@ inline Tally run(const PolicyClip& a, const Constants& same, int64_t i, int step
         get.put(a.dentropy + i, dentropy);
       }
     }
-    t.floats[kLoss] = t.floats[kLoss] + total;
-    t.floats[kPolicy] = t.floats[kPolicy] + policy;
-    t.floats[kRatio] = t.floats[kRatio] + pick(valid, ratio, zero);
-    if (kOld) t.floats[kDrift] = t.floats[kDrift] + minus_1_minus_x(bounded, ratio);
-    t.counts[kLow] += negative & (ratio < low);
-    t.counts[kHigh] += (adv > zero) & (ratio > high);
-    t.counts[kFar] += (negative & ~free) | capped;
-    t.counts[kCount] += valid;
-    // A NaN goes in and stays.
-    const Mask odd = ratio != ratio;
-    t.max = pick(valid & ((ratio > t.max) | odd), ratio, t.max);
-    t.min = pick(valid & ((ratio < t.min) | odd), ratio, t.min);
+    if (kRef || kMore) t.floats[kLossSum] = t.floats[kLossSum] + total;
+    t.floats[kPolicySum] = t.floats[kPolicySum] + weighted;
+    t.floats[kRatioSum] = t.floats[kRatioSum] + pick(valid, x.ratio, zero);
+    t.counts[kLowCount] += policy.low & valid;
+    t.counts[kHighCount] += policy.high & valid;
+    t.counts[kFarCount] += policy.far & valid;
+    t.counts[kTokenCount] += valid;
+    t.max = highest(pick(valid, x.ratio, all(-kInf)), t.max);
+    const Vec least = pick(valid, x.ratio, all(kInf));
+    t.min = pick(least < t.min, least, t.min);
   }
+  if (!(kRef || kMore)) t.floats[kLossSum] = t.floats[kPolicySum];
   return t;
 }
 
-template <bool kOld, bool kRef, bool kMore>
-void clip_tokens(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
+// body(first token, vectors, lanes that are there, how to load them) for tokens [begin, end).
+template <class Body>
+inline void in_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  while (i + kLanes <= end) {
+    const int steps = static_cast<int>(std::min<int64_t>((end - i) / kLanes, kInner));
+    body(i, steps, ~Mask{}, Whole{});
+    i += int64_t{steps} * kLanes;
+  }
+  const Part part{static_cast<int>(end - i)};
+  if (i < end) body(i, 1, part.present(), part);
+}
+
+void clear(double* sums) {
   for (int k = 0; k < kPolicySums; ++k) sums[k] = 0.0;
   sums[10] = -kInf;
   sums[11] = kInf;
-  const auto per_segment = [&](const Spread& s) { return s.data && s.count != a.n && s.count != 1; };
-  const bool segmented = per_segment(a.advantages) || per_segment(a.weight) || per_segment(a.entropy_weight);
-  int64_t segment = 0, stop = end;
-  if (segmented) segment = a.offsets ? find_sequence(a.offsets, 0, a.segments - 1, begin) : begin / a.length;
-  Tally outer;
-  outer.clear();
-  int groups = 0;
-  const auto add = [&](const Tally& t) {
-    outer.add(t);
-    if (++groups % kOuter == 0) outer.flush(sums);
-  };
-  for (int64_t i = begin; i < end; ++segment) {
-    if (segmented) {
-      stop = std::min(a.offsets ? a.offsets[segment + 1] : (segment + 1) * a.length, end);
-      if (stop <= i) continue;
-    }
-    const Constants same(a, segment);
-    while (i + kLanes <= stop) {
-      const int steps = static_cast<int>(std::min<int64_t>((stop - i) / kLanes, kInner));
-      add(run<kOld, kRef, kMore>(a, same, i, steps, ~Mask{}, Whole{}));
-      i += int64_t{steps} * kLanes;
-    }
-    if (i < stop) {
-      const Part part{static_cast<int>(stop - i)};
-      add(run<kOld, kRef, kMore>(a, same, i, 1, part.present(), part));
-      i = stop;
-    }
-  }
-  outer.flush(sums);
 }
 
-void clip(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
-  using Function = void (*)(const PolicyClip&, int64_t, int64_t, double*);
-  static constexpr Function kFunctions[2][2][2] = {
-      {{clip_tokens<false, false, false>, clip_tokens<false, false, true>},
-       {clip_tokens<false, true, false>, clip_tokens<false, true, true>}},
-      {{clip_tokens<true, false, false>, clip_tokens<true, false, true>},
-       {clip_tokens<true, true, false>, clip_tokens<true, true, true>}}};
-  kFunctions[a.old_logprob != nullptr][a.ref_logprob != nullptr][a.policy_weight || a.entropy](a, begin, end, sums);
+// Adds tallies up, and flushes them into doubles now and then.
+struct Total {
+  double* sums;
+  double shared = 0.0;
+  Tally outer;
+  int groups = 0;
+
+  explicit Total(double* s) : sums(s) { outer.clear(); }
+  void add(const Tally& t) {
+    outer.add(t);
+    if (++groups % kOuter == 0) flush();
+  }
+  void flush() { outer.flush(sums, &shared); }
+};
+
+template <int kForm, bool kOld, bool kRef, bool kMore>
+void tokens(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
+  clear(sums);
+  const bool segmented = per_segment(a, a.advantages) || per_segment(a, a.weight) || per_segment(a, a.entropy_weight);
+  int64_t segment = 0, stop = end;
+  if (segmented) segment = a.offsets ? find_sequence(a.offsets, 0, a.segments - 1, begin) : begin / a.length;
+  Total total(sums);
+  for (int64_t i = begin; i < end; i = std::max(i, stop), ++segment) {
+    if (segmented) stop = std::min(a.offsets ? a.offsets[segment + 1] : (segment + 1) * a.length, end);
+    const Constants same = constants_of(a, segment);
+    in_vectors(i, stop, [&](int64_t at, int steps, Mask present, auto get) {
+      total.add(run<kForm, kToken, kOld, kRef, kMore>(a, same, at, steps, present, get));
+    });
+  }
+  total.flush();
+}
+
+// ---- losses with a ratio of the sequence ----
+
+// Over the tokens of a sequence that count: the log-ratio of each (kGeoMean: what counts of it), its advantage, 1.
+struct SequenceSums {
+  double log_ratio = 0.0, advantage = 0.0, count = 0.0;
+};
+
+template <int kForm, class Get>
+inline void add_sequence(const PolicyClip& a, const Constants& same, int64_t i, int steps, Mask present, Get get,
+                         SequenceSums* sums) {
+  const Counted<Get> counted(a, same, get, present);
+  Vec log_ratio = all(0.0f), advantage = log_ratio, count = log_ratio;
+  for (const int64_t end = i + int64_t{steps} * kLanes; i < end; i += kLanes) {
+    const Mask valid = counted.valid(i);
+    const Vec adv = counted.advantage(i, valid);
+    Vec moved = all(0.0f);
+    if (a.old_logprob) moved = pick(valid, get(a.logprob + i) - get(a.old_logprob + i), moved);
+    log_ratio = log_ratio + (kForm == kGeoMean ? kept_log_ratio(moved, adv, same.low, same.high) : moved);
+    advantage = advantage + adv;
+    count = count + pick(valid, all(1.0f), all(0.0f));
+  }
+  float lanes[3][kLanes];
+  store(lanes[0], log_ratio);
+  store(lanes[1], advantage);
+  store(lanes[2], count);
+  for (int k = 0; k < kLanes; ++k) {
+    sums->log_ratio += double{lanes[0][k]};
+    sums->advantage += double{lanes[1][k]};
+    sums->count += double{lanes[2][k]};
+  }
+}
+
+// dlogprob += share for the tokens of the sequence whose log-ratio counts.
+template <int kForm, class Get>
+inline void share_out(const PolicyClip& a, const Constants& same, Vec share, int64_t i, int steps, Mask present,
+                      Get get) {
+  const Counted<Get> counted(a, same, get, present);
+  for (const int64_t end = i + int64_t{steps} * kLanes; i < end; i += kLanes) {
+    Mask moves = counted.valid(i);
+    if (kForm == kGeoMean) {
+      const Vec adv = counted.advantage(i, moves);
+      Vec moved = all(0.0f);
+      if (a.old_logprob) moved = pick(moves, get(a.logprob + i) - get(a.old_logprob + i), moved);
+      moves &= (adv != all(0.0f)) & (kept_log_ratio(moved, adv, same.low, same.high) == moved);
+    }
+    get.put(a.dlogprob + i, get(a.dlogprob + i) + pick(moves, share, all(0.0f)));
+  }
+}
+
+template <int kForm, int kLevel>
+void sequences(const PolicyClip& a, int64_t first, int64_t last, double* sums) {
+  clear(sums);
+  Total total(sums);
+  for (int64_t s = first; s < last; ++s) {
+    const int64_t begin = a.offsets ? a.offsets[s] : s * a.length, end = a.offsets ? a.offsets[s + 1] : begin + a.length;
+    if (end <= begin) continue;
+    Constants same = constants_of(a, s);
+    SequenceSums of;
+    in_vectors(begin, end, [&](int64_t i, int steps, Mask present, auto get) {
+      add_sequence<kForm>(a, same, i, steps, present, get, &of);
+    });
+    const double count = std::max(of.count, 1.0), mean = of.log_ratio / count;
+    const double limit = double{kMaxLogRatio}, bounded = mean > limit ? limit : mean < -limit ? -limit : mean;
+    const double ratio = std::exp(bounded), dratio = bounded == mean ? ratio : 0.0;
+    same.ratio = all(float(ratio));
+    same.dratio = all(float(dratio));
+    same.slope = all(float(-of.advantage / count));
+    same.loss = all(float(-of.advantage / count * ratio));
+    total.shared = 0.0;
+    in_vectors(begin, end, [&](int64_t i, int steps, Mask present, auto get) {
+      total.add(run<kForm, kLevel, true, true, true>(a, same, i, steps, present, get));
+    });
+    if (kLevel == kSequence || kForm == kGeoMean) {
+      total.flush();
+      const Vec share = all(float(total.shared / count));
+      in_vectors(begin, end, [&](int64_t i, int steps, Mask present, auto get) {
+        share_out<kForm>(a, same, share, i, steps, present, get);
+      });
+    }
+  }
+  total.flush();
+}
+
+// ---- which ----
+
+using Pass = void (*)(const PolicyClip&, int64_t, int64_t, double*);
+
+void token_pass(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
+  static constexpr Pass kClips[2][2][2] = {
+      {{tokens<kClip, false, false, false>, tokens<kClip, false, false, true>},
+       {tokens<kClip, false, true, false>, tokens<kClip, false, true, true>}},
+      {{tokens<kClip, true, false, false>, tokens<kClip, true, false, true>},
+       {tokens<kClip, true, true, false>, tokens<kClip, true, true, true>}}};
+  static constexpr Pass kOthers[kGeoMean] = {
+      nullptr,
+      tokens<kVanilla, true, true, true>,
+      tokens<kCispo, true, true, true>,
+      tokens<kSapo, true, true, true>,
+      tokens<kKlCov, true, true, true>,
+      tokens<kDro, true, true, true>,
+      tokens<kDppoTv, true, true, true>,
+  };
+  const Pass clips = kClips[a.old_logprob != nullptr][a.ref_logprob != nullptr][a.policy_weight || a.entropy];
+  (a.form == kClip ? clips : kOthers[a.form])(a, begin, end, sums);
+}
+
+void sequence_pass(const PolicyClip& a, int64_t first, int64_t last, double* sums) {
+  const Pass clips = a.level == kSequence ? sequences<kClip, kSequence> : sequences<kClip, kSequenceToken>;
+  (a.form == kGeoMean ? sequences<kGeoMean, kToken> : clips)(a, first, last, sums);
 }
 
 }  // namespace
@@ -294,6 +315,6 @@ constexpr const char* kName = "avx2";
 constexpr const char* kName = "portable";
 #endif
 
-const PolicyKernels RLHF_POLICY_KERNELS = {kName, &clip};
+const PolicyKernels RLHF_POLICY_KERNELS = {kName, &token_pass, &sequence_pass};
 
 }  // namespace rlhf

@@ -194,6 +194,7 @@ constexpr float kMagic = 12582912.0f + 127.0f;
 struct Exp {
   Vec power;  // 2^n
   Vec minus_one;  // exp(r) - 1
+  Vec beyond;  // exp(r) - 1 - r
 };
 
 inline Exp exp_parts(Vec d) {  // kLowest <= d <= 88, or NaN
@@ -204,7 +205,7 @@ inline Exp exp_parts(Vec d) {  // kLowest <= d <= 88, or NaN
   q = fma(q, r, all(0x1.5558f2p-5f));
   q = fma(q, r, all(0x1.555492p-3f));
   q = fma(q, r, all(0x1.fffffcp-2f));
-  return {shift_to_exponent(shifted), fma(q * r, r, r)};
+  return {shift_to_exponent(shifted), fma(q * r, r, r), q * r * r};
 }
 
 inline Vec exp_of(Vec d) {

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Register, Replace
-from rlhf_fast.losses import PolicyLoss
+from rlhf_fast.losses.functional import loss_of
+from rlhf_fast.losses.prepare import prepare_batch
 from rlhf_fast.losses.registry import policy_loss_kinds, variant
 from rlhf_fast.ops.advantages import advantage_options, group_advantages
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep
 from rlhf_fast.ops.linear import linear_logprob
+from rlhf_fast.ops.policy import segment_counts
 from rlhf_fast.ops.value import discounted_returns, gae, masked_whiten
 
 VERSIONS = ">=0.9,<0.10"
@@ -105,28 +107,32 @@ def registered_policy_loss(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss of ours as verl calls it: (B, T) tensors, its clips, its aggregation, its metrics."""
-    mask = response_mask.bool()
+    rows, width = response_mask.shape
+    mask = response_mask.bool().reshape(-1)
+    lengths = segment_counts(mask, None, rows, width)
     options = {**_clips(kind, config), **_own_options(kind, config)}
-    options.update(_aggregation(kind, loss_agg_mode, mask, getattr(config, "global_batch_info", None) or {}))
-    loss_fn = PolicyLoss(kind, **options)
-    flat = {"old_logprob": old_log_prob, "logprob": log_prob.detach(), "advantages": advantages}
-    batch = {name: tensor.reshape(-1) for name, tensor in flat.items()} | {"num_tokens": mask.sum().clamp(min=1)}
-    ends = torch.arange(mask.shape[0] + 1, device=mask.device) * mask.shape[1]
-    batch = loss_fn.prepare(batch, mask.reshape(-1), ends)
+    info = getattr(config, "global_batch_info", None) or {}
+    options["aggregation"], normalizer = _aggregation(kind, loss_agg_mode, lengths, width, info)
+    loss_fn = loss_of(kind, options)
+    flat = log_prob.reshape(-1)
+    batch = {"old_logprob": old_log_prob.reshape(-1), "logprob": flat.detach(), "advantages": advantages.reshape(-1)}
+    batch |= {"normalizer": normalizer, "num_tokens": lengths.sum().clamp(min=1)}
+    batch = prepare_batch(loss_fn, batch, mask, None, length=width, whole=True)
     if rollout_is_weights is not None:
         if kind == "geo_mean":
             raise ValueError("rollout_is_weights are per token, rlhf_fast_geo_mean has one ratio a sequence")
-        weights = keep(rollout_is_weights.to(log_prob.dtype), mask).reshape(-1)
+        weights = keep(rollout_is_weights.to(log_prob.dtype).reshape(-1), mask)
         batch["policy_weight"] = weights * batch.get("policy_weight", 1.0)
-    loss, metrics = loss_fn(log_prob.reshape(-1), None, batch)
-    drift = keep(old_log_prob - log_prob.detach(), mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    loss, metrics = loss_fn(flat, None, batch)
+    drift = keep(old_log_prob.reshape(-1) - flat.detach(), mask).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     named = {
-        "actor/pg_clipfrac": metrics.get("clip_fraction", loss.new_zeros(())),
-        "actor/ppo_kl": drift.sum() / mask.sum().clamp(min=1),
-        "actor/pg_clipfrac_lower": metrics.get("dual_clip_fraction", loss.new_zeros(())),
+        "actor/pg_clipfrac": metrics.get("clip_fraction"),
+        "actor/ppo_kl": drift.sum() * batch["inv_tokens"],
+        "actor/pg_clipfrac_lower": metrics.get("dual_clip_fraction"),
     }
-    values = torch.stack([v.detach().double() for v in named.values()]).tolist()  # one wait for the device
-    return loss, dict(zip(named, values, strict=True))
+    there = {name: value for name, value in named.items() if value is not None}
+    values = torch.stack([v.detach().double() for v in there.values()]).tolist()  # one wait for the device
+    return loss, dict.fromkeys(named, 0.0) | dict(zip(there, values, strict=True))
 
 
 def _clips(kind: str, config: Any) -> dict[str, Any]:
@@ -157,29 +163,30 @@ def _own_options(kind: str, config: Any) -> dict[str, Any]:
     return {}
 
 
-def _aggregation(kind: str, mode: str, mask: Tensor, info: dict[str, Any]) -> dict[str, Any]:
-    """verl's `agg_loss`: its modes with global counts; sequences without a token do not count."""
+def _aggregation(kind: str, mode: str, lengths: Tensor, width: int, info: dict[str, Any]) -> tuple[str, Tensor | float]:
+    """verl's `agg_loss` as our aggregation and its normalizer, with global counts; sequences without a token do not
+    count."""
     if kind == "geo_mean":  # as verl's own: a mean over the rows, whatever the mode
-        return {"aggregation": "seq_mean_token_mean", "normalizer": mask.shape[0]}
+        return "seq_mean_token_mean", lengths.numel()
     mode = "seq-mean-token-mean" if kind in ("gspo", "sapo") else mode  # as verl's own, whatever is asked
     ranks, tokens, sequences = (info.get(n) for n in ("dp_size", "batch_num_tokens", "global_batch_size"))
     ranks = ranks or 1
     if mode == "token-sum":
-        return {"aggregation": "token_mean", "normalizer": 1 / ranks}
+        return "token_mean", 1 / ranks
     by_token = mode == "token-mean"
     count, name = (tokens, "batch_num_tokens") if by_token else (sequences, "global_batch_size")
     if count is None:
         if ranks > 1:
             raise ValueError(f"{name} is required when dp_size > 1")
-        count = (mask if by_token else mask.any(-1)).sum().clamp(min=1)
+        count = (lengths if by_token else lengths > 0).sum().clamp(min=1)
     count = count / ranks
     if mode == "seq-mean-token-sum-norm":
-        count = count * (info.get("loss_scale_factor") or mask.shape[-1])
+        count = count * (info.get("loss_scale_factor") or width)
     aggregations = {"token-mean": "token_mean", "seq-mean-token-mean": "seq_mean_token_mean"}
     aggregations |= dict.fromkeys(("seq-mean-token-sum", "seq-mean-token-sum-norm"), "seq_mean_token_sum")
     if mode not in aggregations:
         raise ValueError(f"Invalid loss_agg_mode: {mode}")
-    return {"aggregation": aggregations[mode], "normalizer": count}
+    return aggregations[mode], count
 
 
 # ---- advantages: (token_level_rewards, response_mask, config, index, ...) -> (advantages, returns), both (B, T)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.prepare import prepare_batch
+from rlhf_fast.losses.registry import variant
 from rlhf_fast.types import Metrics
 
 
@@ -56,10 +60,9 @@ def policy_loss(
     """
     if isinstance(kind, PolicyLoss) and options:
         raise ValueError(f"options must be in the PolicyLoss given as kind, got {', '.join(options)} beside it")
-    loss_fn = kind if isinstance(kind, PolicyLoss) else PolicyLoss(kind, **options)
-    _checks.check_float("logprob", logprob)
-    if logprob.dim() not in (1, 2):
-        raise ValueError(f"logprob must be (N,) or (B, T), got {_checks.shape_str(logprob.shape)}")
+    loss_fn = kind if isinstance(kind, PolicyLoss) else loss_of(kind, options)
+    _check(logprob, advantages, mask, old_logprob=old_logprob, ref_logprob=ref_logprob, entropy=entropy,
+           rollout_logprob=rollout_logprob)  # fmt: skip
     padded = logprob.dim() == 2
     if padded and cu_seqlens is not None:
         raise ValueError("cu_seqlens goes with (N,) input; for (B, T) give a mask")
@@ -67,21 +70,41 @@ def policy_loss(
     batch.update(rollout_logprob=rollout_logprob, logprob=logprob.detach())
     if entropy is not None and loss_fn.top_entropy is not None:
         batch["old_entropy"] = entropy.detach()
-    for name, tensor in {**batch, "entropy": entropy, "mask": mask}.items():
-        if tensor is not None:
-            _checks.check_shape(name, tensor, logprob.shape, "(B, T)" if padded else "(N,)")
-            if name != "mask":
-                _checks.check_float(name, tensor)
-    if mask is not None:
-        _checks.check_mask("mask", mask, logprob.shape, "(B, T)" if padded else "(N,)")
-    _checks.check_float("advantages", advantages)
-    _checks.check_same_device(logprob=logprob, **{k: v for k, v in batch.items() if k != "logprob"}, mask=mask)
-    _checks.check_same_device(logprob=logprob, advantages=advantages, entropy=entropy)
     batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
     batch = {name: _flat(t) for name, t in batch.items()}
     length = logprob.shape[1] if padded else None
     batch = prepare_batch(loss_fn, batch, _flat(mask), cu_seqlens, length=length, whole=True)
     return loss_fn(_flat(logprob), _flat(entropy), batch)
+
+
+def loss_of(kind: str, options: dict[str, Any]) -> PolicyLoss:
+    """A loss of these options: the one that an earlier call made, where they are plain values."""
+    plain = all(value is None or type(value) in (int, float, str, bool) for value in options.values())
+    if not plain or torch.compiler.is_compiling():
+        return PolicyLoss(kind, **options)
+    return _made(kind, variant(kind).function, **options)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _made(kind: str, function: Callable, /, **options: Any) -> PolicyLoss:  # function: a name may be registered anew
+    return PolicyLoss(kind, **options)
+
+
+def _check(logprob: Tensor, advantages: Tensor, mask: Tensor | None, **others: Tensor | None) -> None:
+    """Raise unless the tensors are what the docstring says, but for the shape of advantages."""
+    _checks.check_float("logprob", logprob)
+    if logprob.dim() not in (1, 2):
+        raise ValueError(f"logprob must be (N,) or (B, T), got {_checks.shape_str(logprob.shape)}")
+    dims = "(B, T)" if logprob.dim() == 2 else "(N,)"
+    if not _checks.alike(logprob, *others.values()):
+        for name, tensor in others.items():
+            if tensor is not None:
+                _checks.check_float(name, tensor)
+                _checks.check_shape(name, tensor, logprob.shape, dims)
+    if mask is not None:
+        _checks.check_mask("mask", mask, logprob.shape, dims)
+    _checks.check_float("advantages", advantages)
+    _checks.check_same_device(logprob=logprob, **others, mask=mask, advantages=advantages)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -25,8 +25,10 @@ from rlhf_fast.losses.registry import PolicyTerms, unknown, variant
 from rlhf_fast.losses.segments import Segments
 from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep, kl_terms
-from rlhf_fast.ops.policy import SUMS, ClipTerms, clip_loss, ratio_range
+from rlhf_fast.ops.policy import SUMS, ClipTerms, Form, clip_loss, ratio_range, spread_numbers, takes_forms
 from rlhf_fast.types import LossGrad, Metrics
+
+CLIPPING = ("clip", "cispo", "geo_mean", "dppo_tv")  # forms that count clipped tokens
 
 
 @dataclass(frozen=True, init=False)
@@ -127,14 +129,14 @@ class PolicyLoss(ReadyMade):
     def __call__(self, logprob: Tensor, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
         """Loss () of a chunk, summed with its weights, and its metrics. Differentiable by logprob and entropy."""
         batch = self._chunk(logprob, batch)
-        if self._fused:
+        if self._in_one_pass(logprob, entropy):
             result = self._clip(logprob, entropy, batch)
             return result.loss, self._clip_metrics(result.sums.detach(), entropy is not None, batch)
         return self._composed(logprob, entropy, batch)
 
     def gradient(self, logprob: Tensor, entropy: Tensor | None, batch: Mapping[str, Any]) -> LossGrad:
         """Loss, dloss/dlogprob, dloss/dentropy and metrics of a chunk; nothing of it is differentiable."""
-        if self._fused:
+        if self._in_one_pass(logprob, entropy):
             batch = self._chunk(logprob, batch)
             with torch.no_grad():
                 result = self._clip(logprob, entropy, batch)
@@ -158,11 +160,25 @@ class PolicyLoss(ReadyMade):
     def takes_whole(self) -> bool:
         """Whether a batch may come with one weight per sequence: nothing here needs them token by token."""
         selects = self.top_entropy is not None or self.off_policy_threshold is not None or self.correction is not None
-        return self._fused and not selects and variant(self.kind).prepare is None
+        return (self._fused or self._form is not None) and not selects and variant(self.kind).prepare is None
 
     @property
     def _fused(self) -> bool:
         return variant(self.kind).fused and self.importance_level == "token"
+
+    @property
+    def _form(self) -> Form | None:
+        """What the eager CPU pass does for this loss beyond the fused op's clip at token level; None: nothing."""
+        found = variant(self.kind)
+        if self.importance_level == "token":
+            return None if found.form is None else found.form(self)
+        if not found.fused:
+            return None
+        return Form("clip", self.importance_level, low=1 - self.clip_low, high=1 + self.clip_high)
+
+    def _in_one_pass(self, logprob: Tensor, entropy: Tensor | None) -> bool:
+        """Whether a kernel forms loss, gradient and metrics."""
+        return self._fused or (self._form is not None and takes_forms(logprob, entropy))
 
     def _chunk(self, logprob: Tensor, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The chunk's batch with the masks that depend on the current policy multiplied into policy_weight."""
@@ -188,11 +204,15 @@ class PolicyLoss(ReadyMade):
             self.clip_low, self.clip_high, self.delta, self.dual_clip, self.beta, self.kl_estimator,
             self.kl_gradient or self.kl_estimator, self.kl_correction, self.entropy_coef,
         )  # fmt: skip
+        form = None if self._fused else self._form
+        if form is not None and self.needs_segments and "offsets" not in batch:
+            batch["offsets"], batch["length"] = _segments(batch).bounds()
         return clip_loss(
             logprob, batch.get("old_logprob"), batch["advantages"], batch["weight"], terms,
             policy_weight=policy_weight, ref_logprob=batch.get("ref_logprob"),
             entropy=entropy, entropy_weight=entropy_weight,
             mask=batch.get("mask"), offsets=batch.get("offsets"), length=batch.get("length", 0),
+            form=form, held=batch.get("held"),
         )  # fmt: skip
 
     def _entropy_masked(self, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -208,6 +228,7 @@ class PolicyLoss(ReadyMade):
 
     def _composed(self, logprob: Tensor, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
         """The general path: plain torch, gradient by autograd."""
+        batch = _by_token(batch, logprob.numel())
         weight, advantages = batch["weight"], batch["advantages"]
         valid = weight != 0
         policy_weight, entropy_weight = self._entropy_masked(entropy, batch)
@@ -248,19 +269,21 @@ class PolicyLoss(ReadyMade):
     # ---- metrics: sums over the chunk, already divided by the batch's count of tokens ----
 
     def _clip_metrics(self, sums: Tensor, with_entropy: bool, batch: Mapping[str, Any]) -> Metrics:
-        inv_tokens = batch["inv_tokens"]
-        s = dict(zip(SUMS, sums.unbind(), strict=True))
-        mean = dict(zip(SUMS, (sums * inv_tokens).unbind(), strict=True))
-        metrics = {"policy_loss": s["policy_loss"], "clip_fraction": mean["clip_low"] + mean["clip_high"]}
-        metrics.update(clip_fraction_low=mean["clip_low"], clip_fraction_high=mean["clip_high"])
-        if self.delta is not None or self.dual_clip is not None:
+        means = sums.clone()
+        means[SUMS.index("clip_low") : SUMS.index("ratio_max")] *= batch["inv_tokens"]
+        mean = dict(zip(SUMS, means.unbind(), strict=True))
+        metrics = {"policy_loss": mean["policy_loss"]}
+        if self._fused or self._form.name in CLIPPING:
+            metrics["clip_fraction"] = mean["clip_low"] + mean["clip_high"]
+            metrics.update(clip_fraction_low=mean["clip_low"], clip_fraction_high=mean["clip_high"])
+        if variant(self.kind).fused and (self.delta is not None or self.dual_clip is not None):
             metrics["dual_clip_fraction"] = mean["clip_far"]
         metrics.update(ratio_mean=mean["ratio"], approx_kl=mean["approx_kl"])
         if self.beta != 0:
             metrics["kl"] = mean["kl"]
         if with_entropy:
             metrics["entropy"] = mean["entropy"]
-        metrics.update(ratio_max=s["ratio_max"], ratio_min=s["ratio_min"])
+        metrics.update(ratio_max=mean["ratio_max"], ratio_min=mean["ratio_min"])
         return self._with_constants(metrics, mean["count"], batch)
 
     def _metrics(
@@ -281,6 +304,21 @@ class PolicyLoss(ReadyMade):
             if name.startswith("metric/"):
                 metrics[name.removeprefix("metric/")] = value * share
         return metrics
+
+
+def _by_token(batch: Mapping[str, Any], n: int) -> Mapping[str, Any]:
+    """The batch with one number per token, masked, where it has them per sequence (see `prepare_batch`)."""
+    if "mask" not in batch:
+        return batch
+    weight, mask = batch["weight"], batch["mask"]
+    valid = torch.ones(n, dtype=weight.dtype, device=weight.device) if mask is None else mask.to(weight.dtype)
+    if batch.get("segments") is not None:
+        batch["segments"].valid = valid
+    spread = lambda t: spread_numbers(t, n, batch["offsets"], batch["length"])  # noqa: E731
+    out = {**batch, "weight": spread(weight) * valid, "advantages": keep(spread(batch["advantages"]), valid)}
+    if "entropy_weight" in batch:
+        out["entropy_weight"] = spread(batch["entropy_weight"]) * valid
+    return out
 
 
 def _segments(batch: Mapping[str, Any]) -> Segments:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PER_TOKEN = ("old_logprob", "ref_logprob", "rollout_logprob", "old_entropy", "logprob", "noise")
 NUMBERS = ("normalizer", "entropy_normalizer", "num_tokens", "entropy_threshold")
+KEYS = (*PER_TOKEN, *NUMBERS, "advantages")
 
 
 def prepare_batch(
@@ -36,8 +37,8 @@ def prepare_batch(
     what is constant along a sequence then need not be spread over its tokens.
     """
     for name in batch:
-        if name not in (*PER_TOKEN, *NUMBERS, "advantages"):
-            raise ValueError(unknown("batch key", name, (*PER_TOKEN, *NUMBERS, "advantages")))
+        if name not in KEYS:
+            raise ValueError(unknown("batch key", name, KEYS))
     if batch.get("advantages") is None:
         raise ValueError("batch must hold 'advantages', (N,) or one per sequence")
     _checks.check_float("advantages", batch["advantages"])
@@ -52,10 +53,10 @@ def prepare_batch(
         o.needs_segments or o.aggregation == "seq_mean_token_mean" or _correction_level(o) != "token"
     ):
         raise ValueError(f"cu_seqlens must be given with (N,) input for policy loss {o.kind!r}: it needs sequences")
-    for name in NUMBERS:
-        if batch.get(name) is not None:
-            _checks.check_scalar(name, batch[name], positive=name != "entropy_threshold")
-    numbers = {name: _exact(batch[name]) for name in NUMBERS if batch.get(name) is not None}
+    numbers = {name: batch[name] for name in NUMBERS if batch.get(name) is not None}
+    for name, value in numbers.items():
+        _checks.check_scalar(name, value, positive=name != "entropy_threshold")
+        numbers[name] = _exact(value)
     normalizer = numbers.get("normalizer", _exact(o.normalizer))
     if o.aggregation in ("seq_mean_token_sum", "fixed_length") and segments is None and normalizer is None:
         raise ValueError(f"cu_seqlens or normalizer must be given with (N,) input for {o.aggregation!r}")

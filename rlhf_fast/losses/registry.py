@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from rlhf_fast._checks import short
+from rlhf_fast.ops.policy import Form
 
 if TYPE_CHECKING:
     from rlhf_fast.losses.policy import PolicyLoss
@@ -37,9 +38,10 @@ PolicyFunction = Callable[[PolicyTerms, "PolicyLoss"], Any]
 class Variant(NamedTuple):
     """A registered policy loss.
 
-    `fused`: it is the clip family's formula, so at token level the fused op may stand in for `function`.
-    `segments`: it needs whole sequences. `absorbs_correction`: it takes the rollout correction as a log-weight in
-    `batch["log_correction"]` instead of as a factor. `prepare`: more per-token tensors from the whole batch.
+    `fused`: it is the clip family's formula, so at token level the fused op may stand in for `function`. `form`: of the
+    options, the same formula in the eager CPU pass, for other kinds at token level. `segments`: it needs whole
+    sequences. `absorbs_correction`: it takes the rollout correction as a log-weight in `batch["log_correction"]`
+    instead of as a factor. `prepare`: more per-token tensors from the whole batch.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Variant(NamedTuple):
     segments: bool
     absorbs_correction: bool
     prepare: Callable[..., dict[str, Tensor]] | None
+    form: Callable[[PolicyLoss], Form] | None
 
 
 _VARIANTS: dict[str, Variant] = {}
@@ -63,6 +66,7 @@ def register_policy_loss(
     segments: bool = False,
     absorbs_correction: bool = False,
     prepare: Callable[..., dict[str, Tensor]] | None = None,
+    form: Callable[[PolicyLoss], Form] | None = None,
     **defaults: Any,
 ) -> Callable[[PolicyFunction], PolicyFunction]:
     """Decorator: make a function of (terms, options) a policy loss called `name`.
@@ -74,7 +78,7 @@ def register_policy_loss(
     Args:
         name: for `PolicyLoss(name)` and `policy_loss(kind=name)`. Taken names are an error.
         params: the function's own numbers and their defaults, read as `options.params["..."]`.
-        fused, segments, absorbs_correction, prepare: see `Variant`.
+        fused, segments, absorbs_correction, prepare, form: see `Variant`.
         defaults: defaults of PolicyLoss's options for this kind (aggregation="token_mean", clip_high=0.28, ...).
     Example:
         >>> @register_policy_loss("squared_ratio", aggregation="token_mean")
@@ -86,7 +90,7 @@ def register_policy_loss(
         if name in _VARIANTS:
             raise ValueError(f"policy loss {name!r} is already registered")
         own = dict(params or {})
-        _VARIANTS[name] = Variant(name, function, defaults, own, fused, segments, absorbs_correction, prepare)
+        _VARIANTS[name] = Variant(name, function, defaults, own, fused, segments, absorbs_correction, prepare, form)
         return function
 
     return register

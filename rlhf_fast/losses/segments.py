@@ -49,7 +49,9 @@ class Segments:
         values = values * self.valid.to(values.dtype)
         if self.length is not None:
             return values.reshape(self.count, self.length).sum(1)
-        return values.new_zeros(self.count).index_add(0, self.ids, values)
+        # In fp64: index_add adds one after the other, which costs digits of a sequence of thousands.
+        total = torch.zeros(self.count, dtype=torch.float64, device=values.device)
+        return total.index_add(0, self.ids, values.double()).to(values.dtype)
 
     def lengths(self) -> Tensor:
         """(count,) float64: valid tokens of each sequence, at least 1."""
@@ -63,6 +65,13 @@ class Segments:
             else:
                 self._tokens = self.valid.new_zeros(self.count).index_add(0, self.ids, self.valid).long()
         return self._tokens
+
+    def bounds(self) -> tuple[Tensor | None, int]:
+        """(count+1,) int64 offsets, or None and the length of every sequence."""
+        if self.offsets is None and self.length is None:
+            sizes = torch.bincount(self.ids, minlength=self.count)
+            self.offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        return self.offsets, self.length or 0
 
     def mean(self, values: Tensor) -> Tensor:
         """(n,) -> (count,): mean over the valid tokens; 0 for a sequence without any."""

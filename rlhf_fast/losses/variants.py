@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_fast.losses.registry import PolicyTerms, register_policy_loss
 from rlhf_fast.losses.weights import MIN_LOG_WEIGHT, covariance, largest
 from rlhf_fast.ops.kl import MAX_LOG_RATIO
+from rlhf_fast.ops.policy import Form
 
 if TYPE_CHECKING:
     from rlhf_fast.losses.policy import PolicyLoss
@@ -109,6 +110,10 @@ def luspo(x: PolicyTerms, o: PolicyLoss):
     return clipped(x, o)
 
 
+def _vanilla(o: PolicyLoss) -> Form:
+    return Form("vanilla")
+
+
 def _either(condition: Tensor, yes: float, no: float, x: PolicyTerms) -> Tensor:
     """One of two numbers per token, in the tokens' dtype."""
     return torch.full_like(x.ratio, no).masked_fill(condition, yes)
@@ -117,19 +122,25 @@ def _either(condition: Tensor, yes: float, no: float, x: PolicyTerms) -> Tensor:
 # ---- other weightings of the token's gradient --------------------------------------------------------------
 
 
-@register_policy_loss("reinforce", aggregation="seq_mean_token_sum")
+@register_policy_loss("reinforce", form=_vanilla, aggregation="seq_mean_token_sum")
 def reinforce(x: PolicyTerms, o: PolicyLoss):
     """REINFORCE (Williams 1992): -A logprob, summed over a sequence, mean over sequences. No ratio."""
     return -x.advantages * x.logprob
 
 
-@register_policy_loss("gpg", aggregation="token_mean")
+@register_policy_loss("gpg", form=_vanilla, aggregation="token_mean")
 def gpg(x: PolicyTerms, o: PolicyLoss):
     """GPG (Chu et al. 2025, eq. 5), as in verl: -A logprob, mean over tokens. No ratio, no clip."""
     return -x.advantages * x.logprob
 
 
-@register_policy_loss("cispo", aggregation="token_mean", clip_high=5.0, params={"ratio_min": 0.0})
+@register_policy_loss(
+    "cispo",
+    form=lambda o: Form("cispo", low=o.params["ratio_min"], high=o.clip_high),
+    aggregation="token_mean",
+    clip_high=5.0,
+    params={"ratio_min": 0.0},
+)
 def cispo(x: PolicyTerms, o: PolicyLoss):
     """CISPO (MiniMax-M1 2025, eq. 4): -sg(clip(r, ratio_min, clip_high)) A logprob. Every token keeps a gradient.
 
@@ -142,7 +153,10 @@ def cispo(x: PolicyTerms, o: PolicyLoss):
 
 
 @register_policy_loss(
-    "sapo", aggregation="seq_mean_token_mean", params={"temperature_pos": 1.0, "temperature_neg": 1.05}
+    "sapo",
+    form=lambda o: Form("sapo", first=o.params["temperature_pos"], second=o.params["temperature_neg"]),
+    aggregation="seq_mean_token_mean",
+    params={"temperature_pos": 1.0, "temperature_neg": 1.05},
 )
 def sapo(x: PolicyTerms, o: PolicyLoss):
     """SAPO (2025, arXiv 2511.20347): -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (0 counts as negative)."""
@@ -173,7 +187,14 @@ def vespo(x: PolicyTerms, o: PolicyLoss):
     return -phi * x.advantages * x.logprob, {"vespo_weight": phi}
 
 
-@register_policy_loss("geo_mean", aggregation="seq_mean_token_mean", segments=True, clip_low=0.4, clip_high=0.4)
+@register_policy_loss(
+    "geo_mean",
+    form=lambda o: Form("geo_mean", low=-o.clip_low, high=o.clip_high),
+    aggregation="seq_mean_token_mean",
+    segments=True,
+    clip_low=0.4,
+    clip_high=0.4,
+)
 def geo_mean(x: PolicyTerms, o: PolicyLoss):
     """GMPO (Zhao et al. 2025, eq. 4): the ratio of a sequence is the geometric mean of clipped token ratios.
 
@@ -235,7 +256,11 @@ def clip_cov(x: PolicyTerms, o: PolicyLoss):
 
 
 @register_policy_loss(
-    "kl_cov", prepare=_kl_cov_weights, aggregation="token_mean", params={"fraction": 2e-4, "coef": 1.0}
+    "kl_cov",
+    form=lambda o: Form("kl_cov", first=o.params["coef"]),
+    prepare=_kl_cov_weights,
+    aggregation="token_mean",
+    params={"fraction": 2e-4, "coef": 1.0},
 )
 def kl_cov(x: PolicyTerms, o: PolicyLoss):
     """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl."""
@@ -265,7 +290,13 @@ def _two_policies(x: PolicyTerms) -> tuple[Tensor, Tensor]:
     return now, now - x.token_log_ratio.detach()
 
 
-@register_policy_loss("dppo_tv", aggregation="token_mean", clip_low=0.2, params={"ratio_max": 20.0})
+@register_policy_loss(
+    "dppo_tv",
+    form=lambda o: Form("dppo_tv", low=o.clip_low, high=o.clip_high, first=o.params["ratio_max"]),
+    aggregation="token_mean",
+    clip_low=0.2,
+    params={"ratio_max": 20.0},
+)
 def dppo_tv(x: PolicyTerms, o: PolicyLoss):
     """DPPO (2026, arXiv 2602.04879) by total variation of the sampled token against the rest, |p - p_old|. As verl.
 
@@ -284,7 +315,12 @@ def dppo_kl(x: PolicyTerms, o: PolicyLoss):
     return _trust_region(x, o, distance)
 
 
-@register_policy_loss("dro", aggregation="token_mean", params={"dro_beta": 0.1})
+@register_policy_loss(
+    "dro",
+    form=lambda o: Form("dro", first=o.params["dro_beta"]),
+    aggregation="token_mean",
+    params={"dro_beta": 0.1},
+)
 def dro(x: PolicyTerms, o: PolicyLoss):
     """DRO (Richemond et al. 2024, arXiv 2405.19107): -(A logprob - dro_beta / 2 (log r)^2). No ratio, no clip. As verl,
     where dro_beta has no default."""

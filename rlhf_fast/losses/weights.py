@@ -87,10 +87,26 @@ def masked_quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
 
 
 def largest(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-    """(N,) bool: the `count` () eligible tokens of the largest scores, without a host sync."""
+    """(N,) bool: the `count` () eligible tokens of the largest scores, the first among equals; no sync on a GPU."""
+    if scores.is_cpu and not torch.compiler.is_compiling():
+        return _largest_on_cpu(scores, eligible, int(count))
     order = torch.where(eligible, scores, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return (rank < count) & eligible
+
+
+def _largest_on_cpu(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """The same where a count is at hand: those above the last one that is taken, and as many of its equals as are left.
+    A sort of all tokens takes ten times as long."""
+    scores = torch.where(eligible, scores, -torch.inf)
+    count = min(count, scores.numel())
+    if count == 0:
+        return torch.zeros_like(eligible)
+    last = scores.topk(count, sorted=False).values.amin()
+    taken = scores > last
+    equal = (scores == last).nonzero().flatten()
+    taken[equal[: count - int(taken.sum())]] = True
+    return taken & eligible
 
 
 def covariance(advantages: Tensor, logprob: Tensor, valid: Tensor) -> Tensor:

@@ -38,6 +38,17 @@ class ClipTerms(NamedTuple):
     entropy_coef: float = 0.0
 
 
+class Form(NamedTuple):
+    """Which formula of csrc/cpu/policy_forms.h, at whose ratio, and its numbers."""
+
+    name: str = "clip"
+    level: str = "token"  # or "sequence", "sequence_token", for clip alone
+    low: float = 0.0  # what the ratio is clipped to; geo_mean: its logarithm; dppo_tv: how far down and up
+    high: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+
+
 def stat_dtype(tensor: Tensor) -> torch.dtype:
     """fp32 statistics and gradients for everything but fp64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

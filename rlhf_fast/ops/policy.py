@@ -1,4 +1,4 @@
-"""The clipped policy-gradient family as one fused op: loss, gradients and metrics in a single pass over (N,).
+"""Policy losses as one fused op: loss, gradients and metrics in a single pass over (N,).
 
     r = exp(logprob - old_logprob)
     l = max(-min(r, delta) A, -clip(r, 1 - clip_low, 1 + clip_high) A),   at most dual_clip |A| where A < 0
@@ -6,6 +6,7 @@
 
 w, v, u are weights that the caller made (aggregation, corrections and masks, entropy). A, w and u may be one number per
 token, per sequence, or for all: nothing of the batch's size has to be formed for what is constant along a sequence.
+In eager mode on the CPU the pass takes other formulas for l_t as well (`Form`).
 The formulas are those of `reference.policy_loss`.
 """
 
@@ -17,11 +18,22 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _backend, _backend_policy, _checks
+from rlhf_fast.ops._eager import plain
 from rlhf_fast.ops._memory import huge
-from rlhf_fast.ops._policy_terms import SUMS, ClipTerms, stat_dtype
+from rlhf_fast.ops._policy_terms import SUMS, ClipTerms, Form, stat_dtype
 from rlhf_fast.ops._policy_torch import blocked_torch_clip, ratio_range, torch_clip
 
-__all__ = ["SUMS", "ClipResult", "ClipTerms", "clip_loss", "ratio_range", "segment_counts"]
+__all__ = [
+    "SUMS",
+    "ClipResult",
+    "ClipTerms",
+    "Form",
+    "clip_loss",
+    "ratio_range",
+    "segment_counts",
+    "spread_numbers",
+    "takes_forms",
+]
 
 
 class ClipResult(NamedTuple):
@@ -31,6 +43,16 @@ class ClipResult(NamedTuple):
     sums: Tensor
     dlogprob: Tensor
     dentropy: Tensor | None
+
+
+def takes_forms(logprob: Tensor, entropy: Tensor | None) -> bool:
+    """Whether `clip_loss` takes every form for such a log-probability: eager, on the CPU, not in fp64."""
+    return (
+        logprob.is_cpu
+        and logprob.dtype != torch.float64
+        and plain(logprob, entropy)
+        and _backend.backend("cpu", "policy_loss") == "cpp"
+    )
 
 
 def clip_loss(
@@ -47,16 +69,82 @@ def clip_loss(
     mask: Tensor | None = None,  # (n,) bool; False: the row is not there either
     offsets: Tensor | None = None,  # (S+1,) int64: where what is (S,) belongs; or sequences of `length`
     length: int = 0,
+    form: Form | None = None,  # another formula, where `takes_forms`; None: the clip family's
+    held: Tensor | None = None,  # (n,), for the form "kl_cov"
 ) -> ClipResult:
     """The op on prepared vectors. Trusts its caller, `losses.PolicyLoss`, for shapes."""
     _checks.check_no_tangent("policy_loss", logprob=logprob, entropy=entropy)
+    rest = (old_logprob, advantages, weight, policy_weight, ref_logprob)
+    if form is not None or plain(logprob, entropy):
+        call = ClipCall(*rest, entropy_weight, terms, mask, offsets, length, form, held)
+        if torch.is_grad_enabled() and (logprob.requires_grad or (entropy is not None and entropy.requires_grad)):
+            return ClipResult(*_Clip.apply(logprob, entropy, call))
+        sums, *gradients = _run(logprob, entropy, call)
+        return ClipResult(sums[0].clone(), sums, *gradients)
     loss, sums, dlogprob, dentropy = torch.ops.rlhf_fast.policy_clip(
-        logprob, old_logprob, advantages, weight, policy_weight, ref_logprob, entropy, entropy_weight,
-        terms.clip_low, terms.clip_high, terms.delta, terms.dual_clip,
-        terms.beta, terms.kl_estimator, terms.kl_gradient, terms.kl_correction, terms.entropy_coef,
-        mask, offsets, length,
-    )  # fmt: skip
+        logprob, *rest, entropy, entropy_weight, *terms, mask, offsets, length
+    )
     return ClipResult(loss, sums, dlogprob, dentropy if dentropy.numel() == logprob.numel() else None)
+
+
+class ClipCall(NamedTuple):
+    """The constants of a call."""
+
+    old_logprob: Tensor | None
+    advantages: Tensor
+    weight: Tensor
+    policy_weight: Tensor | None
+    ref_logprob: Tensor | None
+    entropy_weight: Tensor | None
+    terms: ClipTerms
+    mask: Tensor | None
+    offsets: Tensor | None
+    length: int
+    form: Form | None = None
+    held: Tensor | None = None
+
+
+def _run(logprob: Tensor, entropy: Tensor | None, call: ClipCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sums (12,), dlogprob (n,), dentropy (n,) or None) from the backend of the hour."""
+    backend = _backend.backend(logprob.device, "policy_loss")
+    if logprob.dtype == torch.float64:
+        backend = "torch"
+    if backend == "cpp":
+        return _cpp_clip(logprob, entropy, call)
+    place = (logprob.numel(), call.offsets, call.length)
+    advantages, weight, entropy_weight = (
+        spread_numbers(t, *place) for t in (call.advantages, call.weight, call.entropy_weight)
+    )
+    if call.mask is not None:
+        weight = torch.where(call.mask, weight, 0.0)
+    forward = _triton_clip if backend == "triton" else torch_clip
+    if forward is torch_clip and logprob.device.type == "cpu":
+        forward = blocked_torch_clip
+    vectors = (logprob, call.old_logprob, advantages, weight, call.policy_weight, call.ref_logprob)
+    return forward(*vectors, entropy, entropy_weight, call.terms)
+
+
+# ---- eager -------------------------------------------------------------------------------------------------
+
+
+class _Clip(torch.autograd.Function):
+    """What the op does, without the dispatcher: of some twenty arguments it takes longer than the pass of a few
+    thousand tokens."""
+
+    @staticmethod
+    def forward(ctx, logprob: Tensor, entropy: Tensor | None, call: ClipCall):
+        sums, dlogprob, dentropy = _run(logprob, entropy, call)
+        ctx.save_for_backward(logprob, entropy if dentropy is not None else None)
+        ctx.stored = dlogprob.detach(), None if dentropy is None else dentropy.detach()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(sums, dlogprob, *(() if dentropy is None else (dentropy,)))
+        return sums[0].clone(), sums, dlogprob, dentropy
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, *_):
+        if grad_loss is None:
+            return None, None, None
+        return *_gradients(ctx, grad_loss, *ctx.needs_input_grad[:2]), None
 
 
 # ---- the op ------------------------------------------------------------------------------------------------
@@ -75,23 +163,10 @@ def clip_loss(
 )
 def policy_clip(logprob, *args):
     args += (None, None, 0)[len(args) - 16 :]  # trailing defaults do not arrive
-    tensors, terms, (mask, offsets, length) = args[:7], ClipTerms(*args[7:16]), args[16:]
-    backend = _backend.backend(logprob.device, "policy_loss")
-    if logprob.dtype == torch.float64:
-        backend = "torch"
-    if backend == "cpp":
-        sums, dlogprob, dentropy = _cpp_clip(logprob, *tensors, terms, mask, offsets, length)
-    else:
-        old, advantages, weight, policy_weight, ref, entropy, entropy_weight = tensors
-        place = (logprob.numel(), offsets, length)
-        advantages, weight, entropy_weight = (_each(t, *place) for t in (advantages, weight, entropy_weight))
-        if mask is not None:
-            weight = torch.where(mask, weight, 0.0)
-        forward = _triton_clip if backend == "triton" else torch_clip
-        if forward is torch_clip and logprob.device.type == "cpu":
-            forward = blocked_torch_clip
-        vectors = (logprob, old, advantages, weight, policy_weight, ref, entropy, entropy_weight)
-        sums, dlogprob, dentropy = forward(*vectors, terms)
+    old, advantages, weight, policy_weight, ref, entropy, entropy_weight = args[:7]
+    place = args[16:]
+    call = ClipCall(old, advantages, weight, policy_weight, ref, entropy_weight, ClipTerms(*args[7:16]), *place)
+    sums, dlogprob, dentropy = _run(logprob, entropy, call)
     if dentropy is None:
         dentropy = dlogprob.new_empty(0)
     return sums[0].clone(), sums, dlogprob, dentropy
@@ -116,17 +191,21 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
+    grads = [None] * ctx.inputs
+    grads[0], grads[6] = _gradients(ctx, grad_loss, ctx.needs_input_grad[0], ctx.needs_input_grad[6])
+    return tuple(grads)
+
+
+def _gradients(ctx, grad_loss: Tensor, by_logprob: bool, by_entropy: bool) -> tuple[Tensor | None, Tensor | None]:
     logprob, entropy = ctx.saved_tensors  # raises if the graph is gone
     dlogprob, dentropy = ctx.stored
     last = type(grad_loss) is Tensor and not (torch.is_grad_enabled() or _keeps_graph())
     if last:
         ctx.stored = None
-    grads = [None] * ctx.inputs
-    if ctx.needs_input_grad[0]:
-        grads[0] = _upstream(grad_loss, dlogprob, logprob, last)
-    if entropy is not None and ctx.needs_input_grad[6]:
-        grads[6] = _upstream(grad_loss, dentropy, entropy, last)
-    return tuple(grads)
+    return (
+        _upstream(grad_loss, dlogprob, logprob, last) if by_logprob else None,
+        _upstream(grad_loss, dentropy, entropy, last) if entropy is not None and by_entropy else None,
+    )
 
 
 def _keeps_graph() -> bool:
@@ -173,9 +252,13 @@ def _has_dentropy(entropy: Tensor | None, entropy_coef: float) -> bool:
     return entropy is not None and entropy_coef != 0.0
 
 
-@torch.library.custom_op("rlhf_fast::segment_counts", mutates_args=())
 def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: int) -> Tensor:
     """(segments,) int64: the True entries of mask (N,) in each sequence, cut by offsets or each `length` long."""
+    count = _segment_counts if plain(mask, offsets) else torch.ops.rlhf_fast.segment_counts
+    return count(mask, offsets, segments, length)
+
+
+def _segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: int) -> Tensor:
     if _backend.backend(mask.device, "policy_loss") == "cpp":
         out = torch.empty(segments, dtype=torch.int64)
         _backend_policy.segment_counts(mask, offsets, segments, length, out)
@@ -186,7 +269,10 @@ def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: 
     return until[offsets[1:]] - until[offsets[:-1]]
 
 
-@segment_counts.register_fake
+_segment_counts_op = torch.library.custom_op("rlhf_fast::segment_counts", _segment_counts, mutates_args=())
+
+
+@_segment_counts_op.register_fake
 def _(mask, offsets, segments, length):
     return torch.empty(segments, dtype=torch.int64, device=mask.device)
 
@@ -194,7 +280,7 @@ def _(mask, offsets, segments, length):
 # ---- backends ----------------------------------------------------------------------------------------------
 
 
-def _each(tensor: Tensor | None, n: int, offsets: Tensor | None, length: int) -> Tensor | None:
+def spread_numbers(tensor: Tensor | None, n: int, offsets: Tensor | None, length: int) -> Tensor | None:
     """(n,) from one number per token, per sequence or for all."""
     if tensor is None or tensor.numel() == n:
         return tensor
@@ -204,25 +290,28 @@ def _each(tensor: Tensor | None, n: int, offsets: Tensor | None, length: int) ->
     return tensor.repeat_interleave(repeats, output_size=n)
 
 
-def _cpp_clip(
-    logprob, old_logprob, advantages, weight, policy_weight, ref_logprob, entropy, entropy_weight,
-    terms: ClipTerms, mask, offsets, length: int,
-):  # fmt: skip
-    def ready(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().float().contiguous()
-
-    n = logprob.numel()
-    segments = n // max(length, 1) if offsets is None else offsets.numel() - 1
+def _cpp_clip(logprob: Tensor, entropy: Tensor | None, call: ClipCall):
+    n, terms, length = logprob.numel(), call.terms, call.length
+    segments = n // max(length, 1) if call.offsets is None else call.offsets.numel() - 1
     dlogprob = huge(torch.empty(n))
     dentropy = huge(torch.empty(n)) if _has_dentropy(entropy, terms.entropy_coef) else None
     sums = torch.empty(len(SUMS))
+    form = call.form or Form(low=1 - terms.clip_low, high=1 + terms.clip_high)
     _backend_policy.policy_clip(
-        ready(logprob), ready(old_logprob), ready(advantages), ready(weight), mask, ready(policy_weight),
-        ready(ref_logprob) if terms.beta != 0.0 else None, ready(entropy),
-        ready(entropy_weight) if dentropy is not None else None, offsets, segments, length,
-        **terms._asdict(), dlogprob=dlogprob, dentropy=dentropy, sums=sums,
+        _ready(logprob), _ready(call.old_logprob), _ready(call.advantages), _ready(call.weight), call.mask,
+        _ready(call.policy_weight), _ready(call.ref_logprob) if terms.beta != 0.0 else None, _ready(entropy),
+        _ready(call.entropy_weight) if dentropy is not None else None, call.offsets, segments, length,
+        form=form.name, level=form.level, low=form.low, high=form.high, first=form.first, second=form.second,
+        held=_ready(call.held), delta=terms.delta, dual_clip=terms.dual_clip, beta=terms.beta,
+        kl_estimator=terms.kl_estimator, kl_gradient=terms.kl_gradient, kl_correction=terms.kl_correction,
+        entropy_coef=terms.entropy_coef, dlogprob=dlogprob, dentropy=dentropy, sums=sums,
     )  # fmt: skip
     return sums, dlogprob, dentropy
+
+
+def _ready(tensor: Tensor | None) -> Tensor | None:
+    """What the pass reads: fp32 without gaps."""
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def _triton_clip(
