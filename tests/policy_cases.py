@@ -82,11 +82,11 @@ def run(loss_of, batch, kind, *, with_noise=False, gradients=True, **options):
 
 def ours_with_noise(logprob, old_logprob, advantages, *, kind, noise, **kwargs):
     """`policy_loss` with the draw of clip_cov given: through the loss_fn protocol, as `policy_loss` itself does."""
-    names = ("mask", "cu_seqlens", "ref_logprob", "entropy", "rollout_logprob")
+    names = ("mask", "cu_seqlens", "ref_logprob", "entropy", "rollout_logprob", "importance_weight")
     tensors = {name: kwargs.pop(name, None) for name in names}
     loss_fn = PolicyLoss(kind, **kwargs)
     batch = {"old_logprob": old_logprob, "logprob": logprob.detach(), "noise": noise}
-    batch.update({name: tensors[name] for name in ("ref_logprob", "rollout_logprob")})
+    batch.update({name: tensors[name] for name in ("ref_logprob", "rollout_logprob", "importance_weight")})
     cu_seqlens, entropy = tensors["cu_seqlens"], tensors["entropy"]
     if logprob.dim() == 2:
         rows, columns = logprob.shape

@@ -69,8 +69,9 @@ def slow(rewards, ids, baseline, scale, ddof, eps, lengths):
     divisors = {"none": None, "batch": std(have)}
     divisors["centered"] = std([a for a, r in zip(out, rewards, strict=True) if math.isfinite(r)])
     for rows in rows_of(ids):
-        group = std([rewards[i] for i in rows if math.isfinite(rewards[i])])
-        d = group if scale == "group" else divisors[scale]
+        r = [rewards[i] for i in rows if math.isfinite(rewards[i])]
+        own = {"group": lambda r=r: std(r), "mean": lambda r=r: statistics.fmean(r) if r else 0.0}
+        d = own[scale]() if scale in own else divisors[scale]
         for i in rows:
             if d is not None:
                 out[i] = out[i] / (d + eps) if d > 0 else 0.0
@@ -266,6 +267,9 @@ def test_named_estimators_by_hand():
     centred = [2 / 3, -1 / 3, -1 / 3, 2, 0, -2]
     want = [x / (statistics.stdev(centred) + 1e-4) for x in centred]
     assert run("reinforce_plus_plus_baseline") == pytest.approx(want)
+    solved = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])  # MaxRL: the one that passes of k, k - 1; nothing of none
+    got = group_advantages(solved, group_size=3, eps=0.0, **advantage_options("maxrl")).advantages
+    torch.testing.assert_close(got, torch.tensor([2.0, -1.0, -1.0, 0.0, 0.0, 0.0]))
     assert set(ESTIMATORS) >= {"grpo", "dr_grpo", "rloo", "opo", "remax", "pass_at_k"}
     with pytest.raises(ValueError, match="estimator must be one of grpo"):
         advantage_options("grppo")
@@ -312,7 +316,7 @@ BAD = [
     (lambda r: group_advantages(r, group_ids=torch.zeros(5, dtype=torch.int64)), r"group_ids must be \(B,\)=\(6,\)"),
     (lambda r: group_advantages(r, group_ids=r), "group_ids must be int64 or int32, got torch.float32"),
     (lambda r: group_advantages(r, group_size=2, group_ids=torch.zeros(6)), "must not be given together"),
-    (lambda r: group_advantages(r, scale="std"), "scale must be one of group, batch, centered, none, got 'std'"),
+    (lambda r: group_advantages(r, scale="std"), "scale must be one of group, batch, centered, mean, none, got 'std'"),
     (lambda r: group_advantages(r, baseline="median"), "baseline must be one of mean, loo"),
     (lambda r: group_advantages(r, baseline=torch.ones(5)), r"baseline must be \(B,\)=\(6,\), got \(5,\)"),
     (lambda r: group_advantages(r, baseline="opo"), "lengths must be given with baseline opo"),

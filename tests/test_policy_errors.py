@@ -48,6 +48,8 @@ A = torch.zeros(B)
         ({"importance_level": "batch"}, "importance_level must be one of .*, got 'batch'"),
         ({"correction": "mask"}, "correction must be one of .*, got 'mask'"),
         ({"correction": "token_mask"}, "rollout_logprob must be given for correction='token_mask', got None"),
+        ({"importance_weight": X[:1]}, r"importance_weight must be \(B, T\)"),
+        ({"importance_weight": X, "correction": "token_mask", "rollout_logprob": X}, "takes the place of a correction"),
         ({"correction": "token_mask", "correction_min": 5.0}, "correction_min must be < correction_max=3.0, got 5.0"),
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, abs, k2, k3, got 'k4'"),
         ({"kl_gradient": "k4"}, "kl_gradient must be one of"),

@@ -63,6 +63,35 @@ def test_matches_reference_in_fp64(kind, options, per_token):
     assert_same(ours, theirs, **EXACT)
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sequence", "per_token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_finished_importance_weights(kind, per_token):
+    """Padded, with NaN under the mask; and packed as a batch for chunks."""
+    batch = make_batch(seed=2)
+    weight = torch.randn_like(batch["logprob"] if per_token else batch["advantages"]).exp()
+    weight[3] = 0.0  # a rejected sequence
+    batch["importance_weight"] = weight
+    options = {**options_of(kind), "beta": 0.1, "entropy_coef": 0.01}
+    theirs = run(oracle.policy_loss, batch, kind, with_noise=True, **options)
+    if per_token:
+        batch["importance_weight"] = weight.masked_fill(~batch["mask"], torch.nan)
+    assert_same(run(ours_with_noise, batch, kind, with_noise=True, **options), theirs, **EXACT)
+    if kind != "clip_cov":  # whose draw cannot be given here
+        assert_same(run(policy_loss_without_noise, batch, kind, **options), theirs, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_correction_is_a_finished_weight(kind):
+    """The same numbers, whether bounded here or by the caller."""
+    batch, options = make_batch(seed=4), options_of(kind)
+    bounds = {"correction": "token_truncate", "correction_min": 0.8, "correction_max": 1.2}
+    one = run(ours_with_noise, batch, kind, with_noise=True, **options, **bounds)
+    weight = (batch["old_logprob"] - batch["rollout_logprob"]).exp().clamp(0.8, 1.2)
+    two = run(ours_with_noise, batch | {"importance_weight": weight}, kind, with_noise=True, **options)
+    for i in (0, 2):
+        torch.testing.assert_close(one[i], two[i], **EXACT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_defaults_are_those_of_the_library(kind):
     """Same kind, no options but what it cannot do without: also guards the defaults, which are written twice."""

@@ -127,6 +127,8 @@ TOKEN_OPTIONS = {
     "plain": {},
     "ld": {"ld_alpha": 0.3},
     "ld_0": {"ld_alpha": 0.0},
+    "average": {"average_logprob": True},
+    "ld_average": {"ld_alpha": 0.3, "average_logprob": True},
     "wpo": {"weighting": "wpo"},
     "reference_free": {"reference_free": True},
     "normalizers": {"normalizer": 11.0, "chosen_tokens": 40.0},
@@ -205,6 +207,19 @@ def test_ld_alpha_1_is_plain_and_0_drops_the_tail():
     short = preference_loss(*pairs[:4], mask=tuple(cut)).loss
     torch.testing.assert_close(preference_loss(*pairs[:4], mask=pairs.mask, ld_alpha=0.0).loss, short, **EXACT)
     assert short != plain
+
+
+def test_average_logprob_is_the_loss_of_means():
+    """Sums and counts, or means: the same. Kinds that average on their own stay as they are, and so does the NLL."""
+    pairs = make_pairs(seed=15)
+    lengths = pairs.lengths()
+    means = [x / n for x, n in zip(pairs.sums(), lengths * 2, strict=True)]
+    for kind in set(KINDS) - {"sigmoid_norm", "ipo", "simpo", "orpo", "cpo", "sft"}:
+        averaged = preference_loss(*pairs.sums(), kind=kind, lengths=lengths, average_logprob=True, **needed(kind))
+        torch.testing.assert_close(averaged.loss, preference_loss(*means, kind=kind, **needed(kind)).loss, **EXACT)
+    for kind in ("sigmoid_norm", "ipo", "simpo", "orpo", "sft"):
+        averaged = preference_loss(*pairs[:4], mask=pairs.mask, kind=kind, average_logprob=True)
+        torch.testing.assert_close(averaged.loss, preference_loss(*pairs[:4], mask=pairs.mask, kind=kind).loss, **EXACT)
 
 
 # ---- mixes and registration ----
@@ -418,6 +433,7 @@ BAD_CALLS = {
     "unsound f-divergence": (dict(kind="apo_zero", f_divergence="js"), "got 'apo_zero'"),
     "ld_alpha": (dict(ld_alpha=1.5), r"ld_alpha must be in \[0, 1\], got 1.5"),
     "ld_alpha on sums": (dict(ld_alpha=0.5), r"ld_alpha needs per-token chosen \(B, T\), got chosen \(3,\)"),
+    "average without lengths": (dict(average_logprob=True), "lengths must be two .* for average_logprob, got None"),
     "weighting": (dict(weighting="wop"), "weighting must be None or 'wpo', got 'wop'"),
     "wpo without lengths": (dict(weighting="wpo"), "lengths must be two .* for weighting 'wpo', got None"),
     "wpo of aot": (dict(kind="aot", weighting="wpo"), "weighting must be None for aot"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from preference_cases import BATCH_KINDS, NEEDED
 
 from rlhf_fast import fused_linear_loss
-from rlhf_fast.losses import DPO, KTO, PreferenceLoss, pair_segments, preference_loss_kinds
+from rlhf_fast.losses import DPO, KTO, PreferenceLoss, kto_loss, pair_segments, preference_loss_kinds
 from rlhf_fast.reference import kto_loss as ref_kto_loss
 from rlhf_fast.reference import linear_logprob as ref_linear_logprob
 from rlhf_fast.reference import preference_loss as ref_preference_loss
@@ -108,6 +108,8 @@ OPTIONS = {
     "ipo_sum": {"kind": "ipo", "length_average": False},
     "ld": {"kind": "sigmoid", "ld_alpha": 0.3},
     "ld_sft": {"kind": {"ipo": 1.0, "sft": 1.0}, "ld_alpha": 0.0},
+    "average": {"kind": {"apo_zero": 1.0, "sft": 0.5}, "average_logprob": True},
+    "average_by_sum": {"kind": "hinge", "average_logprob": True, "by_sum": True},
     "forward_kl": {"kind": "sigmoid", "f_divergence": "forward_kl"},
     "js": {"kind": "hinge", "f_divergence": "js"},
     "smoothing": {"kind": "sigmoid", "label_smoothing": 0.2},
@@ -272,8 +274,10 @@ def kto_both(problem, loss_fn, desirable, kl, *, chunk_size=None, **numbers):
     options["undesirable_weight"] = loss_fn.undesirable_weight
 
     def naive(logprob):
-        scored = sums(kept.double()) > 0
-        return ref_kto_loss(sums(logprob), sums(problem.ref), desirable, kl=kl, kind=loss_fn.kind, mask=scored,
+        length = sums(kept.double())
+        share = 1 / length.clamp(min=1) if loss_fn.average_logprob else 1.0
+        refs = share * sums(problem.ref)
+        return ref_kto_loss(share * sums(logprob), refs, desirable, kl=kl, kind=loss_fn.kind, mask=length > 0,
                             **options, **numbers)  # fmt: skip
 
     return ours, problem.naive(naive)
@@ -289,6 +293,10 @@ def test_kto_equals_autograd_over_logits(kind, labels, chunk_size):
     for kl in (0.7, torch.tensor(-0.3)):
         assert_same(*kto_both(problem, loss_fn, desirable, kl, chunk_size=chunk_size))
     assert_same(*kto_both(problem, loss_fn, desirable, 0.7, chunk_size=chunk_size, normalizer=8))
+    averaged = KTO(kind, beta=0.4, undesirable_weight=1.3, average_logprob=True)
+    assert_same(*kto_both(problem, averaged, desirable, 0.1, chunk_size=chunk_size))
+    with pytest.raises(ValueError, match="average_logprob needs tokens"):
+        kto_loss(torch.zeros(2), torch.zeros(2), torch.tensor([True, False]), kl=0.0, kind=averaged)
 
 
 def test_kto_leaves_out_sequences_that_are_not_scored():

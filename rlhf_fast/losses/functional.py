@@ -27,6 +27,7 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     entropy: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
     """Policy-gradient loss of a batch and its metrics.
@@ -47,6 +48,8 @@ def policy_loss(
         entropy: needed by entropy_coef (then differentiable) and top_entropy; otherwise a metric.
         rollout_logprob: the sampler's log-probabilities, for `correction` and `off_policy_threshold`. NaN: unknown,
             taken as equal to old_logprob.
+        importance_weight: finished weights of the policy term in the place of `correction`, whatever bounded them and
+            whatever they reject (0); the KL and the entropy keep theirs. The shapes of `advantages`. Constant.
         options: those of `PolicyLoss`, and the kind's own parameters.
     Returns: (loss (), metrics), fp32 (fp64 for fp64 input), on the input's device. Metrics are means over tokens
         (sequence-level ratios too, where TRL averages over sequences), constants, never moved to the host.
@@ -70,7 +73,12 @@ def policy_loss(
     batch.update(rollout_logprob=rollout_logprob, logprob=logprob.detach())
     if entropy is not None and loss_fn.top_entropy is not None:
         batch["old_entropy"] = entropy.detach()
-    batch["advantages"] = _flat_advantages(advantages, logprob) if padded else advantages
+    batch["advantages"] = _token_or_row("advantages", advantages, logprob) if padded else advantages
+    if importance_weight is not None:
+        _checks.check_float("importance_weight", importance_weight)
+        _checks.check_same_device(logprob=logprob, importance_weight=importance_weight)
+        weight = _token_or_row("importance_weight", importance_weight, logprob) if padded else importance_weight
+        batch["importance_weight"] = weight
     batch = {name: _flat(t) for name, t in batch.items()}
     length = logprob.shape[1] if padded else None
     batch = prepare_batch(loss_fn, batch, _flat(mask), cu_seqlens, length=length, whole=True)
@@ -111,13 +119,11 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1)
 
 
-def _flat_advantages(advantages: Tensor, logprob: Tensor) -> Tensor:
+def _token_or_row(name: str, tensor: Tensor, logprob: Tensor) -> Tensor:
     """(B, T), (B,) or (B, 1) -> (B T,) or (B,)."""
-    _checks.check_tensor("advantages", advantages)
+    _checks.check_tensor(name, tensor)
     rows, columns = logprob.shape
-    shape = tuple(advantages.shape)
+    shape = tuple(tensor.shape)
     if shape not in ((rows, columns), (rows,), (rows, 1)):
-        raise ValueError(
-            f"advantages must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}"
-        )
-    return advantages.reshape(-1)
+        raise ValueError(f"{name} must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}")
+    return tensor.reshape(-1)

@@ -49,16 +49,19 @@ class KTO(ReadyMade):
         beta: strength of the tie to the reference.
         desirable_weight, undesirable_weight: lambda_D and lambda_U; the paper keeps the ratio of their totals,
             lambda_D n_D / (lambda_U n_U), in [1, 4/3] (later 1.5).
+        average_logprob: a sequence's log-probability is the mean over its tokens, of policy and reference alike (and
+            then z's should be too). Not for `kto_loss`, which takes sequence log-probabilities as they are.
     """
 
     kind: str = "kto"
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    average_logprob: bool = False
 
     needs_entropy = False
     needs_segments = True
-    segment_keys = ("desirable", "ref_sequence", "valid_sequence")
+    segment_keys = ("desirable", "ref_sequence", "valid_sequence", "length")
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
@@ -66,6 +69,7 @@ class KTO(ReadyMade):
         _checks.check_positive("beta", self.beta)
         for name in ("desirable_weight", "undesirable_weight"):
             _checks.check_number(name, getattr(self, name), least=0)
+        _checks.check_flag("average_logprob", self.average_logprob)
         self._register()
 
     def prepare(self, batch: Mapping[str, Any], mask: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, Any]:
@@ -100,14 +104,19 @@ class KTO(ReadyMade):
         else:
             _checks.check_shape("ref_sequence", given["ref_sequence"], (size,), "(S,)")
             out["ref_sequence"] = given["ref_sequence"].detach()
-        out["valid_sequence"] = _sums(mask.long(), out) > 0
+        length = _sums(mask.long(), out)
+        out["valid_sequence"] = length > 0
+        if self.average_logprob:
+            out["length"] = length.clamp(min=1)
+            out["ref_sequence"] = out["ref_sequence"] / out["length"]
         return out | self._numbers(given, desirable, out["valid_sequence"])
 
     def __call__(self, logprob: Tensor, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
         """Loss () of a chunk of whole sequences and its metrics. Differentiable by logprob."""
         if "valid_sequence" not in batch:
             raise ValueError("batch must come from prepare(batch, mask, cu_seqlens); it has no 'valid_sequence'")
-        return self._loss(_sums(logprob, batch), batch)
+        sequence = _sums(logprob, batch)
+        return self._loss(sequence / batch["length"] if self.average_logprob else sequence, batch)
 
     def _numbers(self, given: Mapping[str, Any], desirable: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """0-d tensors: kl and the counts, this batch's where no global one is given."""
@@ -193,6 +202,8 @@ def kto_loss(
     if isinstance(kind, KTO) and options:
         raise ValueError(f"options must be in the KTO given as kind, got {', '.join(options)} beside it")
     loss_fn = kind if isinstance(kind, KTO) else KTO(kind, **options)
+    if loss_fn.average_logprob:
+        raise ValueError("average_logprob needs tokens: give kto_loss means as logprob and ref_logprob instead")
     _checks.check_float("logprob", logprob)
     if logprob.dim() != 1:
         raise ValueError(f"logprob must be (B,), got {_checks.shape_str(logprob.shape)}")

@@ -120,7 +120,8 @@ class PolicyLoss(ReadyMade):
         """Check the batch, spread per-sequence values, form the per-token weights; once, before any chunk.
 
         batch keys, per token (N,) unless noted: advantages, also (S,); old_logprob (absent or None: on-policy);
-        ref_logprob (beta != 0); rollout_logprob (correction); old_entropy or a number entropy_threshold (top_entropy);
+        ref_logprob (beta != 0); rollout_logprob (correction); importance_weight, also (S,), in the place of a
+        correction; old_entropy or a number entropy_threshold (top_entropy);
         logprob, the current one where the caller knows it (clip_cov and kl_cov use old_logprob otherwise); numbers
         normalizer, entropy_normalizer (over the options'), num_tokens (the count behind the metrics).
         """

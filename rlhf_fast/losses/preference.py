@@ -38,6 +38,7 @@ _DEFAULTS: dict[str, Any] = {
     "f_divergence": "reverse_kl",
     "f_alpha": 0.5,
     "ld_alpha": None,
+    "average_logprob": False,
     "reference_free": False,
     "weighting": None,
 }
@@ -59,6 +60,8 @@ class PreferenceLoss(ReadyMade):
             of the score difference (Wang et al. 2023). Exponents are clamped at 20.
         ld_alpha: LD-DPO (Liu et al. 2024, eq. 9): tokens beyond the shorter response's length weigh ld_alpha, in
             policy and reference alike; lengths, NLL terms and WPO weights stay whole.
+        average_logprob: a sequence's log-probability is the mean over its tokens, of policy and reference alike, in
+            every kind (sigmoid_norm, ipo, simpo and orpo average on their own: no change). NLL terms are untouched.
         reference_free: the reference counts as uniform: its log-probabilities are taken as 0.
         weighting: None or "wpo": each pair weighs the product of both responses' exp(mean log w_t), constant (Zhou et
             al. 2024, eq. 2), with w_t = pi(y_t), or pi(y_t) / sum_v pi(v)^2 where `log_sum_sq` is given (TRL).
@@ -72,6 +75,7 @@ class PreferenceLoss(ReadyMade):
     f_divergence: str
     f_alpha: float
     ld_alpha: float | None
+    average_logprob: bool
     reference_free: bool
     weighting: str | None
     params: Mapping[str, Any]
@@ -189,17 +193,21 @@ class PreferenceLoss(ReadyMade):
     def _terms(self, chosen, rejected, raw, refs, lengths, batch) -> PairTerms:
         valid = batch["valid_pair"]
         chosen, rejected, raw = (keep(x, valid) for x in (chosen, rejected, raw))
-        logratios = [chosen, rejected]
-        if not self.reference_free and refs[0] is not None:
-            refs = [keep(r.detach().to(chosen.dtype), valid) for r in refs]
-            logratios = [chosen - refs[0], rejected - refs[1]]
-        scores = [divergence_score(x, self.f_divergence, self.f_alpha) for x in logratios]
+        refs = [None if r is None else keep(r.detach().to(chosen.dtype), valid) for r in refs]
         nll = None
         if lengths[0] is not None:
             if self.params.get("sft_average", "token") == "token":
                 nll = -raw * batch["normalizer"] / batch["chosen_tokens"]
             else:
                 nll = -raw / lengths[0]
+        if self.average_logprob:
+            chosen, rejected = chosen / lengths[0], rejected / lengths[1]
+            refs = [None if r is None else r / n for r, n in zip(refs, lengths, strict=True)]
+            lengths = [torch.ones_like(chosen)] * 2
+        logratios = [chosen, rejected]
+        if not self.reference_free and refs[0] is not None:
+            logratios = [chosen - refs[0], rejected - refs[1]]
+        scores = [divergence_score(x, self.f_divergence, self.f_alpha) for x in logratios]
         return PairTerms(chosen, rejected, *logratios, *scores, *lengths, nll, valid, batch.get("bco_delta", 0.0))
 
     def _metrics(self, t: PairTerms, share: Tensor) -> Metrics:
@@ -253,15 +261,15 @@ def preference_loss(
             sft, cpo, simpo, orpo, nor with reference_free (then ignored).
         kind: a name, a list of names, a dict of names and weights, or a `PreferenceLoss` (then without options).
         mask: two bool tensors, shaped like per-token chosen and rejected. True = counts.
-        lengths: two (B,) tensors of token counts, for (B,) input to kinds that average over length (ipo, simpo, ...)
-            and weighting "wpo".
+        lengths: two (B,) tensors of token counts, for (B,) input to kinds that average over length (ipo, simpo, ...),
+            average_logprob and weighting "wpo".
         log_sum_sq: two tensors shaped like per-token chosen and rejected, for weighting "wpo".
         pair_weight: (B,). Constant; 0: the pair does not count, whatever it holds.
         normalizer: global count of pairs; None: this batch's that count.
         chosen_tokens: global count of chosen tokens, behind the token mean of the sft, cpo and orpo terms.
         bco_delta: reward shift of bco_pair, () or a number.
         options: those of `PreferenceLoss`: beta, label_smoothing, f_divergence, ld_alpha (per-token input only),
-            reference_free, weighting, loss_weights, rpo_alpha, and the kinds' own parameters.
+            average_logprob, reference_free, weighting, loss_weights, rpo_alpha, and the kinds' own parameters.
     Returns: LossMetrics(loss (), metrics), fp32 (fp64 for fp64 input). Metrics are 0-d constants, means over pairs:
         rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, and loss/<kind> in a mix.
     Raises: ValueError naming the tensor or option, what was expected and what came.
@@ -328,8 +336,10 @@ def _sequence_level(
                 raise ValueError(f"{name} must be integers or a usual float dtype, got {tensor.dtype}")
     if refs[0] is None and o.needs_reference:
         raise ValueError(f"ref_chosen must be (B,)={_checks.shape_str(size)} for kind {o.kinds[0][0]!r}, got None")
-    if lengths is None and (o.weighting or any(v.lengths and not _sums_only(v, o) for v in o.variants)):
-        what = "weighting 'wpo'" if o.weighting else f"kind {o.kinds[0][0]!r}"
+    needed = {"weighting 'wpo'": o.weighting is not None, "average_logprob": o.average_logprob}
+    needed[f"kind {o.kinds[0][0]!r}"] = any(v.lengths and not _sums_only(v, o) for v in o.variants)
+    if lengths is None and any(needed.values()):
+        what = next(name for name, needs in needed.items() if needs)
         raise ValueError(f"lengths must be two (B,)={_checks.shape_str(size)} tensors for {what}, got None")
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in logprobs) else torch.float32
     chosen, rejected = (x.to(dtype) for x in logprobs)

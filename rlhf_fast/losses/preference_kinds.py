@@ -26,7 +26,8 @@ class PairTerms(NamedTuple):
     """What a preference function sees: P pairs, each tensor (P,). Pairs that do not count hold zeros, lengths 1.
 
     `chosen`, `rejected`: sequence log-probabilities (with ld_alpha: desensitised). `chosen_logratio`: those minus the
-    reference's, or as they are without one. `chosen_score`: f' of the ratio. Lengths in tokens, None when unknown.
+    reference's, or as they are without one. `chosen_score`: f' of the ratio. Lengths in tokens, None when unknown; 1
+    under average_logprob, where all of these are means already.
     `chosen_nll`: the pair's share of the NLL of the chosen responses, so that its mean over pairs is the SFT loss;
     None when lengths are unknown.
     """

@@ -55,7 +55,8 @@ def check_options(o: PreferenceLoss) -> None:
         optional = name != "label_smoothing"
         if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(f"{name} must be a number, got {_checks.short(value)}")
-    _checks.check_flag("reference_free", o.reference_free)
+    for flag in ("reference_free", "average_logprob"):
+        _checks.check_flag(flag, getattr(o, flag))
     if not 0 <= e <= 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5], got {e}")
     if e != 0 and not any(v.smoothing for v in o.variants):

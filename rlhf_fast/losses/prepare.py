@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.losses.registry import unknown, variant
 from rlhf_fast.losses.segments import Segments
-from rlhf_fast.losses.weights import aggregation_factor, masked_quantile, rollout_correction
+from rlhf_fast.losses.weights import aggregation_factor, log_weight_share, masked_quantile, rollout_correction
 from rlhf_fast.ops.kl import keep
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PER_TOKEN = ("old_logprob", "ref_logprob", "rollout_logprob", "old_entropy", "logprob", "noise")
 NUMBERS = ("normalizer", "entropy_normalizer", "num_tokens", "entropy_threshold")
-KEYS = (*PER_TOKEN, *NUMBERS, "advantages")
+EITHER = ("advantages", "importance_weight")  # one per token, or one per sequence
+KEYS = (*PER_TOKEN, *NUMBERS, *EITHER)
 
 
 def prepare_batch(
@@ -46,7 +47,8 @@ def prepare_batch(
     device = batch["advantages"].device
     mask = None if mask is None else mask.reshape(-1).bool().contiguous()
     given = {name: _per_token(name, batch[name], n) for name in PER_TOKEN if batch.get(name) is not None}
-    known = [t for name, t in given.items() if name != "noise"] + [batch["advantages"]]
+    either = {name: batch[name] for name in EITHER if batch.get(name) is not None}
+    known = [t for name, t in given.items() if name != "noise"] + [*either.values()]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in known) else torch.float32
     segments = _segments(cu_seqlens, length, n, mask, device)
     if segments is None and (
@@ -60,14 +62,18 @@ def prepare_batch(
     normalizer = numbers.get("normalizer", _exact(o.normalizer))
     if o.aggregation in ("seq_mean_token_sum", "fixed_length") and segments is None and normalizer is None:
         raise ValueError(f"cu_seqlens or normalizer must be given with (N,) input for {o.aggregation!r}")
-    compact = whole and o.takes_whole and device.type == "cpu" and (segments is None or segments.count != n)
+    either = {name: _per_token_or_sequence(name, t, segments, n).to(dtype) for name, t in either.items()}
+    advantages, importance = either["advantages"], either.get("importance_weight")
+    if importance is not None and o.correction is not None:
+        raise ValueError(f"importance_weight takes the place of a correction, got correction={o.correction!r} too")
+    compact = whole and o.takes_whole and importance is None and device.type == "cpu"
+    compact = compact and (segments is None or segments.count != n)
     if not compact:
         given = {name: tensor if mask is None else keep(tensor, mask) for name, tensor in given.items()}
     given = {name: tensor.to(dtype) for name, tensor in given.items()}
     tokens = _count_tokens(n, mask, segments, device)
     factor = aggregation_factor(o.aggregation, tokens, segments, normalizer, o.max_length)
     factor = torch.as_tensor(factor, dtype=dtype, device=device)
-    advantages = _advantages(batch["advantages"], segments, n).to(dtype)
     num_tokens = numbers.get("num_tokens", normalizer if o.aggregation == "token_mean" else None)
     num_tokens = tokens if num_tokens is None else num_tokens
     out: dict[str, Any] = {"inv_tokens": torch.as_tensor(1 / num_tokens, dtype=dtype, device=device)}
@@ -86,7 +92,7 @@ def prepare_batch(
         out.update({"segments": segments} if whole else {"segment_ids": segments.ids, "num_segments": segments.count})
     _add_logprobs(o, out, given)
     if not compact:
-        _add_policy_weight(o, out, given, valid, segments)
+        _add_policy_weight(o, out, given, importance, valid, segments)
     _add_entropy(o, out, given, numbers, normalizer, valid, tokens)
     return out
 
@@ -137,13 +143,14 @@ def _per_token(name: str, value: Any, n: int) -> Tensor:
     return value.detach().reshape(-1)
 
 
-def _advantages(value: Tensor, segments: Segments | None, n: int) -> Tensor:
+def _per_token_or_sequence(name: str, value: Any, segments: Segments | None, n: int) -> Tensor:
     """(N,) or one per sequence, (S,)."""
+    _checks.check_float(name, value)
     value = value.detach().reshape(-1)
     if value.numel() == n or (segments is not None and value.numel() == segments.count):
         return value
     per_sequence = "" if segments is None else f" or (S,)=({segments.count},)"
-    raise ValueError(f"advantages must be (N,)=({n},){per_sequence}, got {_checks.shape_str(value.shape)}")
+    raise ValueError(f"{name} must be (N,)=({n},){per_sequence}, got {_checks.shape_str(value.shape)}")
 
 
 def _add_logprobs(o: PolicyLoss, out: dict[str, Any], given: Mapping[str, Tensor]) -> None:
@@ -159,10 +166,24 @@ def _add_logprobs(o: PolicyLoss, out: dict[str, Any], given: Mapping[str, Tensor
 
 
 def _add_policy_weight(
-    o: PolicyLoss, out: dict[str, Any], given: Mapping[str, Tensor], valid: Tensor, segments: Segments | None
+    o: PolicyLoss,
+    out: dict[str, Any],
+    given: Mapping[str, Tensor],
+    importance: Tensor | None,
+    valid: Tensor,
+    segments: Segments | None,
 ) -> None:
     """Factors of the policy term: the rollout correction, and what the kind itself selects."""
     found = variant(o.kind)
+    if importance is not None:
+        share = valid
+        if importance.numel() != valid.numel():
+            importance, share = segments.spread(importance), valid / segments.spread(segments.lengths().to(valid.dtype))
+        importance = keep(importance, valid)
+        if found.absorbs_correction:
+            out["log_correction"] = log_weight_share(importance, share)
+        else:
+            _multiply(out, "policy_weight", importance)
     old, now = given.get("old_logprob"), given.get("logprob", given.get("old_logprob"))
     if o.correction is not None:
         trainer = old if old is not None else now

@@ -106,7 +106,10 @@ def gspo(x: PolicyTerms, o: PolicyLoss):
     clip_high=2.5e-3,
 )
 def luspo(x: PolicyTerms, o: PolicyLoss):
-    """LUSPO (2026, arXiv 2602.05261): GSPO with each sequence's loss times its length. Clips of its section 5.1."""
+    """LUSPO (2026, arXiv 2602.05261): GSPO with each sequence's loss times its length. Clips of its section 5.1.
+
+    The KL is summed over counted tokens, as in TRL; Liger 0.8.5 averages it over the padded width, masked tokens too.
+    """
     return clipped(x, o)
 
 

@@ -66,8 +66,13 @@ def rollout_correction(
         "rollout_truncated": outside_fraction if how == "truncate" else torch.zeros_like(total),
         "rollout_ratio_mean": (share * ratio).sum() / units.clamp(min=1),
     }
-    log_weight = weight.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO) * share
-    return weight, log_weight, metrics
+    return weight, log_weight_share(weight, share), metrics
+
+
+def log_weight_share(weight: Tensor, share: Tensor) -> Tensor:
+    """(N,) parts of the log of each sequence's weight; `share`: how much a token counts, 1, or 1 / length where the
+    weight is its sequence's."""
+    return weight.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_RATIO) * share
 
 
 def masked_quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:

@@ -11,7 +11,7 @@ from rlhf_fast.ops._sequences import work_dtype
 from rlhf_fast.types import GroupAdvantages
 
 BASELINES = ("mean", "loo", "opo", "best_other", "pass_at_k", "batch", "none")
-SCALES = ("group", "batch", "centered", "none")
+SCALES = ("group", "batch", "centered", "mean", "none")
 COMBINES = ("sum_then_normalize", "normalize_then_sum")
 
 # The named estimators, as options of `group_advantages`.
@@ -25,6 +25,7 @@ ESTIMATORS: dict[str, dict[str, object]] = {
     "pass_at_k": {"baseline": "best_other", "scale": "group"},
     "pass_at_k_training": {"baseline": "pass_at_k", "scale": "group", "eps": 0.0},  # and k
     "remax": {"scale": "none"},  # and baseline, the rewards of the greedy answers
+    "maxrl": {"baseline": "mean", "scale": "mean"},
 }
 
 
@@ -32,9 +33,9 @@ def advantage_options(name: str) -> dict[str, object]:
     """Options of `group_advantages` for a named estimator.
 
     grpo (arXiv:2402.03300), dr_grpo (2503.20783), rloo (2402.14740), reinforce_plus_plus and its group-baseline form
-    (2501.03262), opo (2505.23585; needs `lengths`), pass_at_k (2503.19595: k is the group's size, any rewards),
-    pass_at_k_training (2508.10751; any `k`, passed or not), remax (2310.10505; needs `baseline`, the rewards of the
-    greedy answers).
+    (2501.03262), opo (2505.23585; needs `lengths`), maxrl (2602.02710; rewards 0 or 1), pass_at_k (2503.19595: k is
+    the group's size, any rewards), pass_at_k_training (2508.10751; any `k`, passed or not), remax (2310.10505; needs
+    `baseline`, the rewards of the greedy answers).
 
     Args:
         name: one of these.
@@ -75,7 +76,8 @@ def group_advantages(
         group_size: rows i G to (i + 1) G - 1 are a group. group_ids: (B,) int, the group of each row: any numbers, in
             any order. Neither: the whole batch is one group.
         scale: s. "group": std of the group's rewards. "batch": std of the batch's rewards. "centered": std of r - b
-            over the batch. "none": no division.
+            over the batch. "mean": mean of the group's rewards; a group whose mean is not > 0 gets 0. "none": no
+            division.
         baseline: b. "mean" of the group; "loo": mean of the others in it; "opo": its mean weighted by `lengths`;
             "best_other": only the group's single best row gets an advantage, its lead over the second; "pass_at_k": see
             k; "batch": mean of the batch; "none": 0; or a (B,) tensor (ReMax).
@@ -132,8 +134,8 @@ def group_advantages(
     advantages = advantages.where(valid, 0.0)
 
     if scale != "none":
-        if scale == "group":
-            denominator = spread
+        if scale in ("group", "mean"):
+            denominator = spread if scale == "group" else mean.clamp(min=0)
         elif scale == "batch":
             denominator = _std(batch, ddof).expand_as(std)
         else:

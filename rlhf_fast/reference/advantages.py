@@ -129,7 +129,7 @@ def group_advantages(
     if scale == "centered":
         batch_std = mean_std(advantages[valid], ddof)[1]
     if scale != "none":
-        denominator = spread if scale == "group" else batch_std.expand_as(std)
+        denominator = {"group": spread, "mean": mean.clamp(min=0)}.get(scale, batch_std.expand_as(std))
         scaled = advantages / (denominator + eps)
         advantages = torch.where(denominator == 0, torch.zeros_like(scaled), scaled)
     if zero_std == "mask":

@@ -175,6 +175,7 @@ def policy_loss(
     ref_logprob: Tensor | None = None,
     entropy: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
+    importance_weight: Tensor | None = None,
     noise: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -188,12 +189,12 @@ def policy_loss(
     o.clip_high = o.clip_low if o.clip_high is None else o.clip_high
     tokens = {"logprob": logprob, "old": old_logprob, "ref": ref_logprob, "entropy": entropy}
     tokens.update(rollout=rollout_logprob, noise=noise)
-    sequences = _sequences(tokens, advantages, mask, cu_seqlens)
+    sequences = _sequences(tokens, advantages, importance_weight, mask, cu_seqlens)
     for s in sequences:
         s.old = s.logprob.detach() if s.old is None else s.old
         s.log_ratio = s.logprob - s.old
         s.ratio = _ratio(s, o)
-        s.factor, s.log_correction = _correction(s, o)
+        s.factor, s.log_correction = _correction(s, o) if importance_weight is None else _given_weight(s)
         s.in_top = torch.ones_like(s.logprob)
     _select_by_covariance(sequences, kind, o)
     _select_by_entropy(sequences, o)
@@ -231,7 +232,9 @@ def aggregate(losses: list[Tensor], how: str, normalizer: float | None, max_leng
     return sum((x.sum() for x in losses), zero) / (count * max_length)
 
 
-def _sequences(tokens: dict[str, Tensor | None], advantages: Tensor, mask, cu_seqlens) -> list[SimpleNamespace]:
+def _sequences(
+    tokens: dict[str, Tensor | None], advantages: Tensor, importance_weight: Tensor | None, mask, cu_seqlens
+) -> list[SimpleNamespace]:
     """The batch as a list of sequences of counted tokens."""
     logprob = tokens["logprob"]
     if logprob.dim() == 2:
@@ -241,16 +244,26 @@ def _sequences(tokens: dict[str, Tensor | None], advantages: Tensor, mask, cu_se
     else:
         ends = cu_seqlens.tolist()
         rows = [(slice(a, b),) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    per_token = advantages.shape == logprob.shape
     out = []
+
+    def of_row(tensor: Tensor, i: int, row, index: Tensor) -> Tensor:
+        """The counted tokens' own values, or the sequence's one value, ()."""
+        return tensor[row][index] if tensor.shape == logprob.shape else tensor.reshape(-1)[i]
+
     for i, row in enumerate(rows):
         index = torch.arange(logprob[row].shape[0], device=logprob.device)
         if mask is not None:
             index = index[mask[row]]
         s = SimpleNamespace(**{k: None if t is None else t[row][index] for k, t in tokens.items()})
-        s.advantages = advantages[row][index] if per_token else advantages.reshape(-1)[i].expand(index.shape)
+        s.advantages = of_row(advantages, i, row, index).expand(index.shape)
+        s.importance = None if importance_weight is None else of_row(importance_weight, i, row, index)
         out.append(s)
     return out
+
+
+def _given_weight(s: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Weights that the caller made, and the log of the sequence's whole weight."""
+    return s.importance.expand_as(s.logprob), s.importance.log().clamp(math.log(1e-8), 20).sum()
 
 
 def _correction(s: SimpleNamespace, o: SimpleNamespace) -> tuple[Tensor, Tensor]:

@@ -118,8 +118,8 @@ BATCH_KINDS = {"aot": _aot, "aot_unpaired": _aot_unpaired}
 
 _OPTIONS = {
     "beta": 0.1, "label_smoothing": 0.0, "f_divergence": "reverse_kl", "f_alpha": 0.5, "ld_alpha": None,
-    "reference_free": False, "weighting": None, "length_average": True, "discopop_tau": 0.05, "simpo_gamma": 0.5,
-    "nll_weight": 1.0, "sft_average": "token", "bco_delta": 0.0,
+    "average_logprob": False, "reference_free": False, "weighting": None, "length_average": True,
+    "discopop_tau": 0.05, "simpo_gamma": 0.5, "nll_weight": 1.0, "sft_average": "token", "bco_delta": 0.0,
 }  # fmt: skip
 
 
@@ -152,6 +152,8 @@ def preference_loss(
     tokens = max(sum(float(p.w_len) for p in pairs), 1.0) if chosen_tokens is None else chosen_tokens
     for p in pairs:
         p.nll = -p.w_whole * count / tokens if o.sft_average == "token" else -p.w_whole / p.w_len
+        if o.average_logprob:
+            p.w_len, p.l_len = 1, 1  # the rest is averaged already
     loss, metrics = chosen.new_zeros(()), {}
     for name, factor in kind.items() if pairs else ():
         losses = BATCH_KINDS[name](pairs, o) if name in BATCH_KINDS else [KINDS[name](p, o) for p in pairs]
@@ -191,6 +193,8 @@ def _pairs(chosen, rejected, ref_chosen, ref_rejected, mask, lengths, log_sum_sq
         p.w_len, p.l_len = sizes
         no_reference = o.reference_free or ref_chosen is None
         p.ref_w, p.ref_l = (p.w * 0, p.l * 0) if no_reference else (total(ref_chosen, 0), total(ref_rejected, 1))
+        if o.average_logprob:
+            p.w, p.ref_w, p.l, p.ref_l = p.w / sizes[0], p.ref_w / sizes[0], p.l / sizes[1], p.ref_l / sizes[1]
         p.a, p.b = p.w - p.ref_w, p.l - p.ref_l
         p.fa, p.fb = _f_score(p.a, o), _f_score(p.b, o)
         p.d = p.fa - p.fb

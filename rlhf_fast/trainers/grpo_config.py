@@ -26,7 +26,7 @@ class GRPOConfig(RLConfig):
     dynamic_sampling_attempts: int = 3  # at most; what is still equal then is kept, and has no gradient
     # ---- advantages
     advantage_estimator: str = "grpo"  # see rlhf_fast.ops.advantages.advantage_options; the next two change it
-    scale_rewards: Literal["group", "batch", "centered", "none"] | None = None
+    scale_rewards: Literal["group", "batch", "centered", "mean", "none"] | None = None
     # greedy: the reward of the prompt's greedy completion
     advantage_baseline: Literal["mean", "loo", "batch", "opo", "best_other", "pass_at_k", "greedy", "none"] | None = (
         None
