@@ -1,5 +1,5 @@
 """`python -m rlhf_fast` is `rlhf-fast`: what launchers that take a module start."""
 
-from rlhf_fast.cli.main import app
+from rlhf_fast.cli.main import main
 
-app(prog_name="rlhf-fast")
+main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 
@@ -188,6 +190,41 @@ def test_reward_functions_that_fail_are_named_and_no_step_is_made(run, stage):
         log = run.folder / "out" / "trainer_log.jsonl"
         assert not log.exists() or not log.read_text()
         assert not (run.folder / "out" / "model.safetensors").exists()
+
+
+HANGS = """
+import asyncio, re, time
+from concurrent.futures import ThreadPoolExecutor
+def holds_the_lock(completions, **_):
+    return [float(bool(re.match("(a+)+$", "a" * 64 + "b"))) for _ in completions]
+def executor(completions, **_):
+    with ThreadPoolExecutor(1) as pool:
+        return list(pool.map(lambda _: time.sleep(1e6), completions))
+async def thread(completions, **_):
+    await asyncio.to_thread(time.sleep, 1e6)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("holds_the_lock", 1, "in holds_the_lock"),  # nothing in Python can run: the stacks say where
+        ("executor", 2, "error: reward function 'executor' took longer than reward_timeout=0.5 seconds"),
+        ("thread", 2, "error: of the reward functions 'thread' one blocks the others"),
+    ],
+)
+def test_the_process_ends_without_a_reward_function_that_never_does(run, name, code, words):
+    """Python's shutdown would wait for executors, and a regular expression keeps everything else from running."""
+    (run.folder / "hangs.py").write_text(HANGS)
+    run("grpo", [ROWS["grpo"]] * 4, "max_steps=0")  # writes the files
+    command = [sys.executable, "-c", f"import rlhf_fast.trainers.reward_calls as c; c.HELD = 1.0; {MAIN}"]
+    command += ["train", str(run.folder / "run.yaml"), f"reward_funcs=hangs:{name}", "reward_timeout=0.5"]
+    env = os.environ | {"PYTHONPATH": str(run.folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr[-3000:]
+
+
+MAIN = "from rlhf_fast.cli.main import main; main()"
 
 
 def test_a_rollout_server_that_is_gone(run):

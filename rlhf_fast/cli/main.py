@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,3 +148,20 @@ def _clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.secho("interrupted", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """The command, as a process of its own: it ends although a reward function that took too long goes on."""
+    try:
+        app(prog_name="rlhf-fast")
+    except BaseException as error:
+        calls = sys.modules.get("rlhf_fast.trainers.reward_calls")
+        if calls is None or not calls.any_left_behind():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        for child in multiprocessing.active_children():  # workers of its pools
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

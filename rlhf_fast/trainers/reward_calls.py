@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import inspect
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 SEARCH = 10.0  # seconds to look for the row that makes a function raise
 GRACE = 1.0  # seconds that a coroutine has to notice that its time is up
+HELD = 10.0  # seconds that an overdue function may keep the interpreter to itself
 
 
 class RewardError(ValueError):
@@ -28,7 +33,10 @@ def call_all(calls: Sequence[Call], rows: int, timeout: float | None = None) -> 
     """
     together = [i for i, (_, function, _) in enumerate(calls) if is_coroutine(function)]
     results: dict[int, Any] = {}
-    pending = _Thread(lambda: asyncio.run(_gather([calls[i] for i in together], timeout))) if together else None
+    pending = None
+    if together:
+        waits = None if timeout is None else timeout + GRACE
+        pending = _Thread(lambda: asyncio.run(_gather([calls[i] for i in together], timeout)), waits)
     for i, (name, function, kwargs) in enumerate(calls):
         if i in together:
             continue
@@ -39,7 +47,7 @@ def call_all(calls: Sequence[Call], rows: int, timeout: float | None = None) -> 
     if pending is not None:
         names = ", ".join(repr(calls[i][0]) for i in together)
         try:
-            results |= zip(together, pending.result(None if timeout is None else timeout + GRACE), strict=True)
+            results |= zip(together, pending.result(), strict=True)
         except TimeoutError:
             raise RewardError(f"of the reward functions {names} one blocks the others for {timeout} seconds") from None
         except SystemExit as error:
@@ -64,16 +72,21 @@ async def _gather(calls: Sequence[Call], timeout: float | None) -> list[Any]:
 
 def _call(function: Callable[..., Any], kwargs: Mapping[str, Any], timeout: float | None) -> Any:
     if is_coroutine(function):  # in a thread: the caller may be in an event loop of its own, as notebooks are
-        return _Thread(lambda: asyncio.run(asyncio.wait_for(function(**kwargs), timeout))).result(timeout)
-    return function(**kwargs) if timeout is None else _Thread(lambda: function(**kwargs)).result(timeout)
+        return _Thread(lambda: asyncio.run(asyncio.wait_for(function(**kwargs), timeout)), timeout).result()
+    return function(**kwargs) if timeout is None else _Thread(lambda: function(**kwargs), timeout).result()
 
 
 class _Thread:
-    """A function on a thread that does not keep the process alive when it hangs."""
+    """A function on a thread that does not keep the process alive when it hangs.
 
-    def __init__(self, function: Callable[[], Any]):
+    A regular expression that backtracks without end holds Python's lock: no thread, signal or timeout in Python is
+    served any more. faulthandler's watch needs no lock: it ends the process, every thread's stack on stderr.
+    """
+
+    def __init__(self, function: Callable[[], Any], timeout: float | None = None):
         self.value: Any = None
         self.error: BaseException | None = None
+        self.timeout = None if timeout is None else max(timeout, 0.0)
 
         def run() -> None:
             try:
@@ -82,15 +95,39 @@ class _Thread:
                 self.error = error
 
         self.thread = threading.Thread(target=run, daemon=True)
+        _threads.add(self.thread)
+        self._watch()  # the function may never let go
         self.thread.start()
 
-    def result(self, timeout: float | None) -> Any:
-        self.thread.join(None if timeout is None else max(timeout, 0.0))
+    def _watch(self) -> None:
+        if self.timeout is not None and sys.__stderr__ is not None:
+            with suppress(OSError, ValueError):  # stderr is no file
+                faulthandler.dump_traceback_later(self.timeout + HELD, exit=True, file=sys.__stderr__)
+
+    def result(self) -> Any:
+        """What the function returned or raised; TimeoutError once `timeout` seconds have passed here."""
+        self._watch()  # others may have been watched since
+        try:
+            self.thread.join(self.timeout)
+        finally:
+            if self.timeout is not None:
+                faulthandler.cancel_dump_traceback_later()
         if self.thread.is_alive():
             raise TimeoutError
         if self.error is not None:
             raise self.error
         return self.value
+
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def any_left_behind() -> bool:
+    """Whether a function that took too long still runs.
+
+    The interpreter's shutdown may wait for it without end, for the executors and threads that it has started.
+    """
+    return any(thread.is_alive() for thread in _threads)
 
 
 def _error(
