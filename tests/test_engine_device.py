@@ -5,9 +5,11 @@ The other engine tests make their tensors on the CPU; these are the ones that a 
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_fast import fused_linear_loss, linear_logprob, logprob_from_logits, reference
+from rlhf_fast import fused_linear_loss, linear_divergence, linear_logprob, logprob_from_logits, reference
 from rlhf_fast.losses import PolicyLoss
+from rlhf_fast.ops import _head
 
 SHAPES = [(300, 64, 1000), (130, 32, 50257)]  # the second one: a vocabulary that is a multiple of nothing
 OPTIONS = {"plain": {}, "all": dict(temperature=0.7, logit_scale=0.8, softcap=20.0, entropy=True)}
@@ -103,6 +105,69 @@ def test_logprob_from_logits(dtype, device):
     (got.logprob.sum() + got.entropy.sum()).backward()
     (want.logprob.sum() + want.entropy.sum()).backward()
     close(logits.grad, x.grad, dtype)
+
+
+def nll(logprob, entropy, batch):
+    return -logprob.sum()
+
+
+def test_strided_inputs(device):
+    """A column of a matrix of targets, every other entry of a bias, a slice of hidden states, a transposed head."""
+    n, d, v = 70, 16, 500
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=g).to(device)  # noqa: E731
+    hidden, weight, bias = draw(n, 2 * d)[:, ::2], draw(d, v).t(), draw(2 * v)[::2]
+    target = torch.randint(0, v, (n, 3), generator=g).to(device)[:, 1]
+    truth = [x.cpu().double().requires_grad_() for x in (hidden, weight, bias)]
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    assert not any(x.is_contiguous() for x in (*leaves, target))
+    want = reference.fused_linear_loss(truth[0], truth[1], target.cpu(), nll, bias=truth[2])
+    want = torch.autograd.grad(want.loss, truth)
+    fused = fused_linear_loss(leaves[0], leaves[1], target, nll, bias=leaves[2], chunk_size=32).loss
+    plain = -linear_logprob(leaves[0], leaves[1], target, bias=leaves[2], chunk_size=32).logprob.sum()
+    for loss in (fused, plain):
+        for got, right in zip(torch.autograd.grad(loss, leaves), want, strict=True):
+            close(got, right, torch.float32)
+    found = []
+    for fn, (h, w, b) in ((linear_divergence, leaves), (reference.linear_divergence, truth)):
+        ref = (x.detach() for x in (h * 0.5, w))
+        kl = fn(h, w, *ref, kind="reverse", bias=b, ref_bias=b.detach())
+        found.append([kl, *torch.autograd.grad(kl.sum(), (h, w, b))])
+    for got, right in zip(*found, strict=True):
+        close(got, right.detach(), torch.float32)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.97, 1.0])
+def test_compaction_moves_every_row_at_most_once(share, device):
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 64, 300):
+        live = (torch.rand(n, generator=g) < share).to(device)
+        with Syncs() as syncs:
+            order, kept = _head.compaction(live)
+        assert syncs.count == 1
+        rows = live.nonzero().squeeze(1)
+        assert kept == len(rows)
+        if order is None:
+            assert kept in (0, n)
+            continue
+        assert torch.equal(order.sort().values, rows)
+        stays = order == torch.arange(kept, device=device)
+        assert torch.equal(stays, live[:kept])
+        assert bool((order[~stays] >= kept).all())  # what moves comes from where no row is written
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="peak memory is the CUDA allocator's")

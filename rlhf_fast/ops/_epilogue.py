@@ -67,7 +67,9 @@ def exponentials(
 
     capability, programs = _processor(h.device)
     config = head_stats.config_for(capability)
-    return head_exp.head_exp(h, weight, target, bias, shift, pre=pre, out=out, config=config, programs=programs)
+    return head_exp.head_exp(
+        h, weight, target.contiguous(), bias, shift, pre=pre, out=out, config=config, programs=programs
+    )
 
 
 def aligned(matrix: Tensor) -> bool:

@@ -142,7 +142,7 @@ class Head:
         self.wide = tile_dtype(hidden.dtype, hidden.device)
         self.acc = stat_dtype(weight.dtype)
         self.given = weight
-        self.bias = None if bias is None else bias.to(self.acc)
+        self.bias = None if bias is None else bias.to(self.acc).contiguous()
         self.rescale = self.work == torch.float16
         v = weight.shape[0]
         self.tile = empty((rows, tile_stride(v, hidden.device)), self.wide, hidden.device)[:, :v]
@@ -352,15 +352,19 @@ def compaction(live: Tensor) -> tuple[Tensor | None, int]:
 
     Live rows among the first K stay; the holes there take the live rows from behind. No destination is ever another
     row's source, so all rows may move at the same time. Returns (order (K,) or None when all are live, K). One host
-    sync.
+    sync: the rest is arithmetic of fixed size.
     """
     n = live.shape[0]
     kept = int(live.sum())
     if kept in (0, n):
         return None, kept
-    order = torch.arange(kept, device=live.device)
-    order[(~live[:kept]).nonzero().squeeze(1)] = live[kept:].nonzero().squeeze(1) + kept
-    return order, kept
+    place = torch.arange(kept, device=live.device)
+    behind = live[kept:]  # hole i takes the i-th of these: the entry past the end takes what is no row
+    source = place.new_zeros(n - kept + 1)
+    rank = torch.where(behind, behind.cumsum(0) - 1, n - kept)
+    source.scatter_(0, rank, torch.arange(kept, n, device=live.device))
+    hole = (~live[:kept]).cumsum(0) - 1
+    return torch.where(live[:kept], place, source[hole.clamp(min=0, max=n - kept)]), kept
 
 
 def power_of_two(*grads: Tensor | None) -> Tensor:

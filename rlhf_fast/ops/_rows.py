@@ -68,8 +68,13 @@ def row_stats(logits: Tensor, target: Tensor, bias: Tensor | None, tf: Transform
         _torch_stats(logits, target, bias, tf, out)
     else:
         with _backend.on_device(logits):
-            launcher.row_stats(logits, target.contiguous(), bias, **tf._asdict(), **out._asdict())
+            launcher.row_stats(logits, *_contiguous(target, bias), **tf._asdict(), **out._asdict())
     return out
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Kernels read vectors by address alone: a strided one would pass for another."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def join_stats(parts: Tensor, target: Tensor, ends: list[int], *, entropy: bool) -> RowStats:
@@ -137,12 +142,12 @@ def row_dlogits(
         return
     launcher = _launcher(logits)
     vectors = dict(row_max=stats.row_max, log_sum=stats.log_sum, d_target=d_target, a=a, b=b)
-    args = {k: None if x is None else x.contiguous() for k, x in vectors.items()}  # upstream may be expanded
+    args = dict(zip(vectors, _contiguous(*vectors.values()), strict=True))  # upstream may be expanded
     if launcher is None:
         _torch_dlogits(logits, out, order, target, bias, tf, **args)
     else:
         with _backend.on_device(logits):
-            launcher.row_dlogits(logits, out, order, target, bias, **tf._asdict(), **args)
+            launcher.row_dlogits(logits, out, order, *_contiguous(target, bias), **tf._asdict(), **args)
 
 
 def _shaped(logits: Tensor, bias: Tensor | None, tf: Transform) -> tuple[Tensor, Tensor | None]:
