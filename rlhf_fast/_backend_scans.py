@@ -6,6 +6,7 @@ what must hold for the memory to be safe is checked here. A call on the GPU runs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 
 import torch
@@ -162,6 +163,50 @@ def group_stats(values: Tensor, order: Tensor | None, offsets: Tensor, out: Tens
         return
     with torch.cuda.device(values.device):
         cuda_module().group_stats(*arguments, _stream(values.device))
+
+
+BASELINES = {  # as Baseline and Scale in csrc/cpu/groups.h
+    name: i for i, name in enumerate(("none", "given", "mean", "loo", "opo", "batch"))
+}
+SCALES = {name: i for i, name in enumerate(("none", "group", "batch", "centered"))}
+
+
+def group_advantages(
+    rewards: Tensor,  # (B,) f64, as `given`
+    order: Tensor | None,  # (B,) int64, a permutation: rows listed by group; None: they lie so
+    ids: Tensor | None,  # (B,) int64: the group of each listed row; None: groups of `size`
+    size: int,
+    given: Tensor | None,  # (B,): the baseline "given", the weights of "opo"
+    *,
+    baseline: str,
+    scale: str,
+    ddof: int,
+    eps: float,
+    drop_equal: bool,
+    numbers: Sequence[Tensor],  # advantages, mean, std: (B,) f32 or f64, written
+    count: Tensor,  # (B,) int64, written
+    flags: Sequence[Tensor],  # equal, valid: (B,) bool, written
+    invalid: Tensor,  # () int64, written
+) -> None:
+    """Advantages of groups and their statistics, on the CPU."""
+    n, device, dtype = (rewards.numel(),), rewards.device, numbers[0].dtype
+    for name, tensor, kind in (
+        ("rewards", rewards, torch.float64), ("given", given, torch.float64), ("order", order, torch.int64),
+        ("ids", ids, torch.int64), ("count", count, torch.int64), *(("numbers", t, dtype) for t in numbers),
+        *(("flags", t, torch.bool) for t in flags),
+    ):  # fmt: skip
+        _check(name, tensor, n, kind, device)
+    _check("invalid", invalid, (), torch.int64, device)
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rewards must be on the CPU and numbers float32 or float64, got {device} and {dtype}")
+    if (given is not None) != (baseline in ("given", "opo")) or (ids is None and size < 1):
+        raise ValueError("given goes with the baselines 'given' and 'opo'; size must be >= 1 without ids")
+    name = "group_advantages_f32" if dtype == torch.float32 else "group_advantages_f64"
+    getattr(cpp_module(), name)(
+        n[0], pointer(rewards), pointer(order), pointer(ids), size, pointer(given), BASELINES[baseline], SCALES[scale],
+        ddof, eps, drop_equal, *map(pointer, numbers), pointer(count), *map(pointer, flags), pointer(invalid),
+        num_threads(),
+    )  # fmt: skip
 
 
 def _stream(device: torch.device) -> int:

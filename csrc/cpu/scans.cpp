@@ -6,6 +6,7 @@
 
 #include "../common/affine_scan.h"
 #include "../common/moments.h"
+#include "groups.h"
 #include "parallel.h"
 #include "ppo.h"
 
@@ -181,36 +182,12 @@ void whiten(const float* x, const uint8_t* mask, int64_t n, const double* statis
   });
 }
 
-namespace {
-
-// Everything is measured from one member of the group, so that equal rewards deviate by exactly 0.
-Moments one_group(const double* values, const int64_t* order, int64_t begin, int64_t end) {
-  const auto value = [&](int64_t i) { return values[order ? order[i] : i]; };
-  while (begin < end && !std::isfinite(value(begin))) ++begin;
-  const double pivot = begin < end ? value(begin) : 0.0;
-  double count = 0.0, sum = 0.0, m2 = 0.0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!std::isfinite(value(i))) continue;
-    count += 1.0;
-    sum += value(i) - pivot;
-  }
-  const double mean = count > 0.0 ? sum / count : 0.0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!std::isfinite(value(i))) continue;
-    const double deviation = (value(i) - pivot) - mean;
-    m2 += deviation * deviation;
-  }
-  return {count, pivot + mean, m2};
-}
-
-}  // namespace
-
 void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
                  int threads) {
   threads = useful_threads(groups ? offsets[groups] : 0, threads);
   parallel_for(groups, 64, threads, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
-      const Moments m = one_group(values, order, offsets[g], offsets[g + 1]);
+      const Moments m = group_moments(values, order, offsets[g], offsets[g + 1]);
       out[g] = m.count;
       out[groups + g] = m.mean;
       out[2 * groups + g] = m.m2;

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "ppo.h"
+#include "groups.h"
 #include "scans.h"
 
 namespace py = pybind11;
@@ -19,6 +20,18 @@ rlhf::GaeArgs gae_args(uintptr_t rewards, uintptr_t values, uintptr_t mask, uint
   return {as<const float>(rewards), as<const float>(values), as<const uint8_t>(mask), as<const int64_t>(offsets),
           batch,                    length,                  gamma,                   lam,
           carry,                    as<const float>(bootstrap), as<float>(advantages), as<float>(returns)};
+}
+
+template <class Real>
+void group_advantages(int64_t rows, uintptr_t rewards, uintptr_t order, uintptr_t ids, int64_t size, uintptr_t given,
+                      int baseline, int scale, int ddof, double eps, bool drop_equal, uintptr_t advantages,
+                      uintptr_t mean, uintptr_t std, uintptr_t count, uintptr_t equal, uintptr_t valid,
+                      uintptr_t invalid, int threads) {
+  rlhf::group_advantages<Real>(
+      {rows, as<const double>(rewards), as<const int64_t>(order), as<const int64_t>(ids), size,
+       as<const double>(given), baseline, scale, ddof, eps, drop_equal, as<Real>(advantages), as<Real>(mean),
+       as<Real>(std), as<int64_t>(count), as<bool>(equal), as<bool>(valid), as<int64_t>(invalid)},
+      threads);
 }
 
 }  // namespace
@@ -80,4 +93,6 @@ void bind_scans(py::module_& m) {
                                groups, as<double>(out), threads);
       },
       release);
+  m.def("group_advantages_f32", &group_advantages<float>, release);
+  m.def("group_advantages_f64", &group_advantages<double>, release);
 }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _checks
+from rlhf_fast import _backend, _backend_scans, _checks
 from rlhf_fast.ops import _scans
+from rlhf_fast.ops._eager import plain
 from rlhf_fast.ops._sequences import work_dtype
 from rlhf_fast.types import GroupAdvantages
 
@@ -109,14 +110,21 @@ def group_advantages(
         tensor([-0.7071,  0.7071,  0.0000,  0.0000])
     """
     _check_options(rewards, scale, baseline, ddof, eps, weights, combine, lengths, zero_std, k)
-    groups = _groups(rewards, group_size, group_ids)
+    _check_groups(rewards, group_size, group_ids)
     r = rewards.detach().double()
+    dtype = work_dtype(rewards)
     if r.dim() == 2:
         if combine == "normalize_then_sum":
+            groups = _groups(rewards, group_size, group_ids)
             r = torch.stack([_normalized(column, groups, ddof, eps) for column in r.unbind(1)], 1)
             baseline, scale = ("none", "none") if scale == "none" else ("batch", "batch")
         r = _weighted_sum(r, weights)
 
+    ranked = isinstance(baseline, str) and baseline in ("best_other", "pass_at_k")
+    if not ranked and r.is_cpu and plain(r, group_ids) and _backend.backend("cpu", "group_advantages") == "cpp":
+        options = dict(scale=scale, ddof=ddof, eps=float(eps), drop_equal=zero_std == "mask")
+        return _in_one_pass(r, group_size, group_ids, baseline, lengths, dtype, options)
+    groups = _groups(rewards, group_size, group_ids)
     finite = torch.isfinite(r)
     stats = _scans.group_stats(r, groups.order, groups.offsets)
     count, mean, std = stats[0][groups.index], stats[1][groups.index], _std(stats, ddof)[groups.index]
@@ -147,10 +155,35 @@ def group_advantages(
     if zero_std == "mask":
         valid = valid & ~degenerate
         advantages = advantages.where(valid, 0.0)
-    dtype = work_dtype(rewards)
     return GroupAdvantages(
         advantages.to(dtype), mean.to(dtype), std.to(dtype), count.long(), degenerate, valid, (~finite).sum()
     )
+
+
+def _in_one_pass(
+    r: Tensor,  # (B,) f64
+    group_size: int | None,
+    group_ids: Tensor | None,
+    baseline: str | Tensor,
+    lengths: Tensor | None,
+    dtype: torch.dtype,
+    options: dict[str, object],
+) -> GroupAdvantages:
+    """All of it by the C++ kernel: what takes the CPU long here is the calls, not the numbers."""
+    ids, order = (None, None) if group_ids is None else group_ids.long().sort(stable=True)
+    given, name = None, baseline
+    if isinstance(baseline, Tensor):
+        given, name = baseline.detach().double().contiguous(), "given"
+    elif baseline == "opo":
+        given = lengths.detach().double().contiguous()
+    numbers = [torch.empty(r.numel(), dtype=dtype) for _ in range(3)]
+    count, invalid = torch.empty(r.numel(), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    flags = [torch.empty(r.numel(), dtype=torch.bool) for _ in range(2)]
+    _backend_scans.group_advantages(
+        r.contiguous(), order, ids, group_size or max(r.numel(), 1), given, baseline=name, numbers=numbers,
+        count=count, flags=flags, invalid=invalid, **options,
+    )  # fmt: skip
+    return GroupAdvantages(*numbers, count, *flags, invalid)
 
 
 class _Groups:
@@ -170,22 +203,28 @@ class _Groups:
         return start.scatter_reduce(0, self.index, values, "amax")[self.index]
 
 
-def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> _Groups:
-    rows, device = rewards.shape[0], rewards.device
-    positions = torch.arange(rows, device=device)
+def _check_groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> None:
+    rows = rewards.shape[0]
     if group_size is not None:
         if group_ids is not None:
             raise ValueError("group_size and group_ids must not be given together")
         if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1 or rows % group_size:
             got = _checks.short(group_size)
             raise ValueError(f"group_size must be an int >= 1 that divides B={rows}, got {got}")
+    if group_ids is not None:
+        _checks.check_shape("group_ids", group_ids, (rows,), "(B,)")
+        if group_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"group_ids must be int64 or int32, got {group_ids.dtype}")
+        _checks.check_same_device(rewards=rewards, group_ids=group_ids)
+
+
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> _Groups:
+    rows, device = rewards.shape[0], rewards.device
+    positions = torch.arange(rows, device=device)
+    if group_size is not None:
         return _Groups(positions // group_size, None, torch.arange(0, rows + 1, group_size, device=device))
     if group_ids is None:
         return _Groups(torch.zeros_like(positions), None, _whole(rewards))
-    _checks.check_shape("group_ids", group_ids, (rows,), "(B,)")
-    if group_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"group_ids must be int64 or int32, got {group_ids.dtype}")
-    _checks.check_same_device(rewards=rewards, group_ids=group_ids)
     # Sorted, and as many groups as rows (empty ones last): no shape depends on the data, nothing waits for the device.
     ids, order = group_ids.sort(stable=True)
     rank = torch.zeros_like(positions)
