@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Register, Replace
-from rlhf_fast.losses.functional import loss_of
+from rlhf_fast.losses import PolicyLoss
 from rlhf_fast.losses.prepare import prepare_batch
-from rlhf_fast.losses.registry import policy_loss_kinds, variant
+from rlhf_fast.losses.registry import made_once, policy_loss_kinds, variant
 from rlhf_fast.ops.advantages import advantage_options, group_advantages
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep
 from rlhf_fast.ops.linear import linear_logprob
@@ -113,7 +113,7 @@ def registered_policy_loss(
     options = {**_clips(kind, config), **_own_options(kind, config)}
     info = getattr(config, "global_batch_info", None) or {}
     options["aggregation"], normalizer = _aggregation(kind, loss_agg_mode, lengths, width, info)
-    loss_fn = loss_of(kind, options)
+    loss_fn = made_once(PolicyLoss, kind, options, variant)
     flat = log_prob.reshape(-1)
     batch = {"old_logprob": old_log_prob.reshape(-1), "logprob": flat.detach(), "advantages": advantages.reshape(-1)}
     batch |= {"normalizer": normalizer, "num_tokens": lengths.sum().clamp(min=1)}

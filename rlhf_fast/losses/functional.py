@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.prepare import prepare_batch
-from rlhf_fast.losses.registry import variant
+from rlhf_fast.losses.registry import made_once, variant
 from rlhf_fast.types import Metrics
 
 
@@ -63,7 +60,7 @@ def policy_loss(
     """
     if isinstance(kind, PolicyLoss) and options:
         raise ValueError(f"options must be in the PolicyLoss given as kind, got {', '.join(options)} beside it")
-    loss_fn = kind if isinstance(kind, PolicyLoss) else loss_of(kind, options)
+    loss_fn = kind if isinstance(kind, PolicyLoss) else made_once(PolicyLoss, kind, options, variant)
     _check(logprob, advantages, mask, old_logprob=old_logprob, ref_logprob=ref_logprob, entropy=entropy,
            rollout_logprob=rollout_logprob)  # fmt: skip
     padded = logprob.dim() == 2
@@ -83,19 +80,6 @@ def policy_loss(
     length = logprob.shape[1] if padded else None
     batch = prepare_batch(loss_fn, batch, _flat(mask), cu_seqlens, length=length, whole=True)
     return loss_fn(_flat(logprob), _flat(entropy), batch)
-
-
-def loss_of(kind: str, options: dict[str, Any]) -> PolicyLoss:
-    """A loss of these options: the one that an earlier call made, where they are plain values."""
-    plain = all(value is None or type(value) in (int, float, str, bool) for value in options.values())
-    if not plain or torch.compiler.is_compiling():
-        return PolicyLoss(kind, **options)
-    return _made(kind, variant(kind).function, **options)
-
-
-@lru_cache(maxsize=64, typed=True)
-def _made(kind: str, function: Callable, /, **options: Any) -> PolicyLoss:  # function: a name may be registered anew
-    return PolicyLoss(kind, **options)
 
 
 def _check(logprob: Tensor, advantages: Tensor, mask: Tensor | None, **others: Tensor | None) -> None:

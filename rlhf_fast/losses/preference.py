@@ -25,7 +25,7 @@ from rlhf_fast.losses.preference_kinds import (
     pair_variant,
 )
 from rlhf_fast.losses.preference_options import check_options, mix
-from rlhf_fast.losses.registry import unknown
+from rlhf_fast.losses.registry import made_once, unknown
 from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep
 from rlhf_fast.types import LossMetrics, Metrics
@@ -171,12 +171,13 @@ class PreferenceLoss(ReadyMade):
         refs: Sequence[Tensor | None],
         lengths: Sequence[Tensor | None],
         pair_weight: Tensor | None,
-        batch: Mapping[str, Any],  # valid_pair (P,) bool, normalizer, chosen_tokens, bco_delta
+        batch: Mapping[str, Any],  # valid_pair (P,) bool, normalizer, chosen_tokens, bco_delta; all_valid: all True
     ) -> tuple[Tensor, Metrics]:
         valid, normalizer = batch["valid_pair"], batch["normalizer"]
         share = valid.to(chosen.dtype) / normalizer
         weight = share if pair_weight is None else share * keep(pair_weight.to(share.dtype), valid)
         terms = self._terms(chosen, rejected, raw, refs, lengths, batch)
+        whole = batch.get("all_valid", False)
         total, metrics = chosen.new_zeros(()), {}
         for (name, factor), v in zip(self.kinds, self.variants, strict=True):
             losses = v.function(terms, self)
@@ -184,7 +185,7 @@ class PreferenceLoss(ReadyMade):
             if v.whole_batch:  # its valid entries come first
                 part = torch.dot(weight.sort(descending=True).values, losses)
             else:
-                part = torch.dot(weight, keep(losses, valid))
+                part = torch.dot(weight, losses if whole else keep(losses, valid))
             total = total + factor * part
             if len(self.kinds) > 1:
                 metrics[f"loss/{name}"] = part.detach()
@@ -192,8 +193,9 @@ class PreferenceLoss(ReadyMade):
 
     def _terms(self, chosen, rejected, raw, refs, lengths, batch) -> PairTerms:
         valid = batch["valid_pair"]
-        chosen, rejected, raw = (keep(x, valid) for x in (chosen, rejected, raw))
-        refs = [None if r is None else keep(r.detach().to(chosen.dtype), valid) for r in refs]
+        kept = (lambda x: x) if batch.get("all_valid", False) else (lambda x: keep(x, valid))
+        chosen, rejected, raw = (kept(x) for x in (chosen, rejected, raw))
+        refs = [None if r is None else kept(r.detach().to(chosen.dtype)) for r in refs]
         nll = None
         if lengths[0] is not None:
             if self.params.get("sft_average", "token") == "token":
@@ -284,7 +286,7 @@ def preference_loss(
     """
     if isinstance(kind, PreferenceLoss) and options:
         raise ValueError(f"options must be in the PreferenceLoss given as kind, got {', '.join(options)} beside it")
-    loss_fn = kind if isinstance(kind, PreferenceLoss) else PreferenceLoss(kind, **options)
+    loss_fn = kind if isinstance(kind, PreferenceLoss) else made_once(PreferenceLoss, kind, options, pair_variant)
     _checks.check_float("chosen", chosen)
     _checks.check_float("rejected", rejected)
     if chosen.dim() not in (1, 2):
@@ -351,8 +353,9 @@ def _sequence_level(
         if value is not None:
             _checks.check_scalar(name, value, positive=name != "bco_delta", measured=name == "bco_delta")
     batch: dict[str, Any] = {k: v for k, v in numbers.items() if v is not None}
-    batch["valid_pair"] = valid
-    batch.setdefault("normalizer", valid.sum().clamp(min=1))
+    batch.update(valid_pair=valid, all_valid=pair_weight is None and lengths is None)
+    count = max(valid.numel(), 1) if batch["all_valid"] else valid.sum().clamp(min=1)
+    batch.setdefault("normalizer", count)
     if lengths is not None:
         batch.setdefault("chosen_tokens", keep(clamped[0], valid).sum().clamp(min=1))
     if o.weighting is not None:

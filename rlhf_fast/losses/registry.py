@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlhf_fast._checks import short
@@ -106,6 +108,19 @@ def variant(name: str) -> Variant:
     if not isinstance(name, str) or name not in _VARIANTS:
         raise ValueError(unknown("policy loss", name, _VARIANTS))
     return _VARIANTS[name]
+
+
+def made_once(cls: type, kind: Any, options: Mapping[str, Any], variant_of: Callable[[str], Any]) -> Any:
+    """cls(kind, **options): the one that an earlier call made, where the options are plain values."""
+    plain = type(kind) is str and all(v is None or type(v) in (int, float, str, bool) for v in options.values())
+    if not plain or torch.compiler.is_compiling():
+        return cls(kind, **options)
+    return _made(cls, kind, variant_of(kind).function, **options)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _made(cls: type, kind: str, function: Callable, /, **options: Any) -> Any:  # function: names may change
+    return cls(kind, **options)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -122,7 +122,7 @@ def kl_slope(delta: Tensor, gradient: str) -> Tensor:
 
 def keep(tensor: Tensor, mask: Tensor) -> Tensor:
     """`tensor` where `mask`, else 0: NaN under the mask reaches neither value nor gradient."""
-    return torch.where(mask.bool(), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    return torch.where(mask.bool(), tensor, 0)
 
 
 def check_estimator(name: str, value: str) -> None:
