@@ -83,6 +83,26 @@ def policy_clip(
     )  # fmt: skip
 
 
+def kl_terms(
+    logprob: Tensor,  # (n,) f32, as every float tensor here
+    ref_logprob: Tensor,  # (n,)
+    mask: Tensor | None,  # (n,) bool
+    *,
+    estimator: str,
+    gradient: str,
+    value: Tensor,  # (n,), written
+    slope: Tensor | None,  # (n,), written
+) -> None:
+    """Estimates of the KL and their slopes by logprob; 0 where masked."""
+    n = logprob.numel()
+    _check_each(n, torch.float32, logprob=logprob, ref_logprob=ref_logprob, value=value, slope=slope)
+    _check_each(n, torch.bool, mask=mask)
+    cpp_module().kl_terms(
+        n, pointer(logprob), pointer(ref_logprob), pointer(mask), KL_CODES[estimator], KL_CODES[gradient],
+        pointer(value), pointer(slope), num_threads(),
+    )  # fmt: skip
+
+
 def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: int, out: Tensor) -> None:
     """How many tokens of each sequence the mask (n,) bool counts, into out (segments,) int64.
 

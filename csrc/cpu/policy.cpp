@@ -63,6 +63,10 @@ void policy_clip(const PolicyClip& a, int threads) {
   for (int k = 0; k < kPolicySums; ++k) a.sums[k] = static_cast<float>(sums[k]);
 }
 
+void kl_terms(const KlTerms& a, int threads) {
+  parallel_for(a.n, kTokensPerBlock, threads, [&](int64_t begin, int64_t end) { kernels().kl(a, begin, end); });
+}
+
 void segment_counts(const uint8_t* mask, const int64_t* offsets, int64_t segments, int64_t length, int64_t* out,
                     int threads) {
   const int64_t n = offsets ? offsets[segments] : segments * length;

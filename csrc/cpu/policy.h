@@ -55,6 +55,18 @@ struct PolicyClip {
 
 void policy_clip(const PolicyClip& args, int threads);
 
+// Estimates of KL(policy || reference) and their slopes by logprob, token by token; 0 where masked.
+struct KlTerms {
+  int64_t n;
+  const float *logprob, *ref_logprob;  // (n,)
+  const uint8_t* mask;                 // (n,) or null
+  int estimator, gradient;             // KlKind
+  float* value;                        // (n,)
+  float* slope;                        // (n,) or null
+};
+
+void kl_terms(const KlTerms& args, int threads);
+
 // out (segments,): the counted tokens of each sequence.
 void segment_counts(const uint8_t* mask, const int64_t* offsets, int64_t segments, int64_t length, int64_t* out,
                     int threads);
@@ -64,6 +76,7 @@ struct PolicyKernels {
   const char* name;
   void (*tokens)(const PolicyClip&, int64_t begin, int64_t end, double* sums);
   void (*sequences)(const PolicyClip&, int64_t first, int64_t last, double* sums);
+  void (*kl)(const KlTerms&, int64_t begin, int64_t end);
 };
 extern const PolicyKernels kPolicyKernelsPortable, kPolicyKernelsAvx2, kPolicyKernelsAvx512;
 

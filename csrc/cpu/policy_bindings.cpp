@@ -59,6 +59,15 @@ void bind_policy(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("policy_clip", &policy_clip, release);
   m.def(
+      "kl_terms",
+      [](int64_t n, uintptr_t logprob, uintptr_t ref_logprob, uintptr_t mask, int estimator, int gradient,
+         uintptr_t value, uintptr_t slope, int threads) {
+        rlhf::kl_terms({n, as<const float>(logprob), as<const float>(ref_logprob), as<const uint8_t>(mask), estimator,
+                        gradient, as<float>(value), as<float>(slope)},
+                       threads);
+      },
+      release);
+  m.def(
       "segment_counts",
       [](uintptr_t mask, uintptr_t offsets, int64_t segments, int64_t length, uintptr_t out, int threads) {
         rlhf::segment_counts(as<const uint8_t>(mask), as<const int64_t>(offsets), segments, length, as<int64_t>(out),

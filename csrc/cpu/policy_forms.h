@@ -28,28 +28,34 @@ struct Constants {
   Vec loss, slope;    // kGeoMean: of each of its tokens
 };
 
+constexpr int kOnlyClip = -1;  // kClip without delta and dual_clip
+
 template <int kForm>
 inline Loss loss_of(const Token& x, const Constants& c, Vec held) {
   const Vec zero = all(0.0f), one = all(1.0f), minus_a = all(-1.0f) * x.advantage;
-  const Mask negative = x.advantage < zero, positive = x.advantage > zero, none{};
-  if constexpr (kForm == rlhf::kClip) {
+  const Mask negative = less(x.advantage, zero), positive = less(zero, x.advantage), none{};
+  if constexpr (kForm == kOnlyClip) {  // what the clip leaves alone is its gradient
+    const Vec bounded = pick(negative, at_least(x.ratio, c.low), at_most(x.ratio, c.high));
+    const Mask moves = equal(bounded, x.ratio);
+    return {bounded * minus_a, zero, pick(moves, minus_a, zero), negative & ~moves, positive & ~moves, none};
+  } else if constexpr (kForm == rlhf::kClip) {
     const Vec open = at_most(x.ratio, c.delta);
     const Vec open_loss = open * minus_a;
     const Vec clip_loss = at_most(at_least(x.ratio, c.low), c.high) * minus_a;
-    const Mask open_wins = open_loss >= clip_loss;
+    const Mask clip_wins = less(open_loss, clip_loss);
     const Vec cap = c.dual_clip * minus_a;
-    const Vec either = pick(open_wins, open_loss, clip_loss);
-    const Mask capped = negative & (either > cap);
+    const Vec either = pick(clip_wins, clip_loss, open_loss);
+    const Mask capped = negative & less(cap, either);
     // The clipped branch wins strictly only where the ratio left the range, save for a delta inside of it.
-    const Mask below = x.ratio < c.low, above = x.ratio > c.high, free = x.ratio == open;
-    const Mask moves = ((open_wins & free) | ~(open_wins | below | above)) & ~capped;
+    const Mask below = less(x.ratio, c.low), above = less(c.high, x.ratio), free = equal(x.ratio, open);
+    const Mask moves = ((free & ~clip_wins) | (clip_wins & ~(below | above))) & ~capped;
     return {pick(capped, cap, either), zero,        pick(moves, minus_a, zero), negative & below,
             positive & above,          (negative & ~free) | capped};
   } else if constexpr (kForm == rlhf::kVanilla) {
     return {minus_a * x.logprob, minus_a, zero, none, none, none};
   } else if constexpr (kForm == rlhf::kCispo) {
     const Vec slope = at_most(at_least(x.ratio, c.low), c.high) * minus_a;
-    return {slope * x.logprob, slope, zero, negative & (x.ratio < c.low), positive & (x.ratio > c.high), none};
+    return {slope * x.logprob, slope, zero, negative & less(x.ratio, c.low), positive & less(c.high, x.ratio), none};
   } else if constexpr (kForm == rlhf::kSapo) {  // 4 / tau sigmoid(u), u = tau (r - 1), and its derivative by r
     const Vec tau = pick(positive, c.first, c.second);
     const Vec minus_u = at_most(at_least(all(-1.0f) * tau * x.less_one, all(kLowest)), all(-kLowest));
@@ -57,28 +63,27 @@ inline Loss loss_of(const Token& x, const Constants& c, Vec held) {
     return {all(4.0f) / tau * gate * minus_a, zero, all(4.0f) * (e * gate) * gate * minus_a, none, none, none};
   } else if constexpr (kForm == rlhf::kKlCov) {
     const Vec h = c.first * held;
-    const Vec sign = pick(x.moved > zero, one, pick(x.moved < zero, all(-1.0f), x.moved));
-    return {fma(h, abs_of(x.moved), x.ratio * minus_a), h * sign, minus_a, none, none, none};
+    return {fma(h, abs_of(x.moved), x.ratio * minus_a), h * sign_of(x.moved), minus_a, none, none, none};
   } else if constexpr (kForm == rlhf::kDro) {
     const Vec tie = c.first * x.moved;
     return {fma(minus_a, x.logprob, all(0.5f) * tie * x.moved), minus_a + tie, zero, none, none, none};
   } else if constexpr (kForm == rlhf::kDppoTv) {
     const auto probability = [](Vec v) { return exp_of(at_most(at_least(v, all(kLowest)), all(-kLowest))); };
     const Vec distance = abs_of(probability(x.logprob) - probability(x.old_logprob));
-    const Mask above = (distance > c.high) & (x.moved > zero) & positive;
-    const Mask below = (distance > c.low) & (x.moved < zero) & ~positive;
+    const Mask above = less(c.high, distance) & less(zero, x.moved) & positive;
+    const Mask below = less(c.low, distance) & less(x.moved, zero) & ~positive;
     const Vec slope = pick(above | below, zero, at_most(x.ratio, c.first)) * minus_a;
     return {slope * x.logprob, slope, zero, below & negative, above, none};
   } else {  // kGeoMean: the loss is the sequence's
-    return {c.loss, zero, c.slope, negative & (x.moved < c.low), positive & (x.moved > c.high), none};
+    return {c.loss, zero, c.slope, negative & less(x.moved, c.low), positive & less(c.high, x.moved), none};
   }
 }
 
 // kGeoMean's part of a token's log-ratio that counts: clipped on the side where its advantage could run away.
 inline Vec kept_log_ratio(Vec moved, Vec advantage, Vec low, Vec high) {
   const Vec zero = all(0.0f);
-  const Vec down = pick(advantage < zero, at_least(moved, low), zero);
-  return pick(advantage > zero, at_most(moved, high), down);
+  const Vec down = pick(less(advantage, zero), at_least(moved, low), zero);
+  return pick(less(zero, advantage), at_most(moved, high), down);
 }
 
 }  // namespace

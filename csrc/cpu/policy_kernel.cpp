@@ -45,21 +45,21 @@ struct Counted {
 
   Vec any_weight(int64_t i) const { return weights ? get(weights + i) : same.weight; }
   Mask valid(int64_t i) const {
-    Mask valid = (any_weight(i) != all(0.0f)) & present;
-    if (mask) valid &= get.mask(mask + i);
-    return valid;
+    const Mask valid = differs(any_weight(i), all(0.0f)) & present;
+    return mask ? valid & get.mask(mask + i) : valid;
   }
   Vec advantage(int64_t i, Mask valid) const {
     return pick(valid, advantages ? get(advantages + i) : same.advantage, all(0.0f));
   }
 };
 
-// Up to kInner vectors of tokens from `i` on, all of one sequence where something is per sequence. kOld, kRef, kMore:
-// there may be an old_logprob; a ref_logprob; policy weights or an entropy. kLevel: whose ratio it is.
-template <int kForm, int kLevel, bool kOld, bool kRef, bool kMore, class Get>
+// Up to kInner vectors of tokens from `i` on, all of one sequence where something is per sequence. kRef, kMore: there may
+// be a ref_logprob; policy weights or an entropy. kLevel: whose ratio it is.
+template <int kForm, int kLevel, bool kRef, bool kMore, class Get>
 inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int steps, Mask present, Get get) {
   constexpr bool kShares = kLevel == kSequence || kForm == kGeoMean;  // gradient that all tokens of a sequence share
-  constexpr bool kByRatio = kForm == kClip || kForm == kSapo || kForm == kKlCov || kForm == kGeoMean;
+  constexpr bool kClips = kForm == kClip || kForm == kOnlyClip;
+  constexpr bool kByRatio = kClips || kForm == kSapo || kForm == kKlCov || kForm == kGeoMean;
   const Constants same = given;
   const Counted<Get> counted(a, same, get, present);
   const float* const logprob = a.logprob;
@@ -77,14 +77,14 @@ inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int ste
     Token x{clean(logprob + i), counted.advantage(i, valid), {}, zero, all(1.0f), zero};
     x.old_logprob = x.logprob;
     Vec dratio = all(1.0f);
-    if (kOld && old_logprob) {
+    if (old_logprob) {
       x.old_logprob = clean(old_logprob + i);
       x.moved = x.logprob - x.old_logprob;
       const Vec bounded = at_most(at_least(x.moved, all(-kMaxLogRatio)), all(kMaxLogRatio));
       const Exponential e = exponential(bounded);
       x.ratio = e.value;
       x.less_one = e.less_one;
-      dratio = pick(bounded == x.moved, e.value, zero);
+      dratio = pick(equal(bounded, x.moved), e.value, zero);
       t.floats[kDriftSum] = t.floats[kDriftSum] + e.rest;
     }
     if (kLevel != kToken) {
@@ -103,7 +103,7 @@ inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int ste
     if (kShares) {
       shared = policy.by_ratio * same.dratio;
     } else if (kByRatio) {
-      slope = kForm == kClip ? policy.by_ratio * dratio : fma(policy.by_ratio, dratio, slope);
+      slope = kClips ? policy.by_ratio * dratio : fma(policy.by_ratio, dratio, slope);
     }
     if (kRef && ref_logprob) {
       const Kl kl = kl_of(x.logprob - clean(ref_logprob + i), a.kl_estimator, a.kl_gradient);
@@ -131,13 +131,12 @@ inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int ste
     if (kRef || kMore) t.floats[kLossSum] = t.floats[kLossSum] + total;
     t.floats[kPolicySum] = t.floats[kPolicySum] + weighted;
     t.floats[kRatioSum] = t.floats[kRatioSum] + pick(valid, x.ratio, zero);
-    t.counts[kLowCount] += policy.low & valid;
-    t.counts[kHighCount] += policy.high & valid;
-    t.counts[kFarCount] += policy.far & valid;
-    t.counts[kTokenCount] += valid;
+    count(&t.counts[kLowCount], policy.low & valid);
+    count(&t.counts[kHighCount], policy.high & valid);
+    count(&t.counts[kFarCount], policy.far & valid);
+    count(&t.counts[kTokenCount], valid);
     t.max = highest(pick(valid, x.ratio, all(-kInf)), t.max);
-    const Vec least = pick(valid, x.ratio, all(kInf));
-    t.min = pick(least < t.min, least, t.min);
+    t.min = lowest(pick(valid, x.ratio, all(kInf)), t.min);
   }
   if (!(kRef || kMore)) t.floats[kLossSum] = t.floats[kPolicySum];
   return t;
@@ -149,7 +148,7 @@ inline void in_vectors(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
   while (i + kLanes <= end) {
     const int steps = static_cast<int>(std::min<int64_t>((end - i) / kLanes, kInner));
-    body(i, steps, ~Mask{}, Whole{});
+    body(i, steps, first_lanes(kLanes), Whole{});
     i += int64_t{steps} * kLanes;
   }
   const Part part{static_cast<int>(end - i)};
@@ -177,7 +176,7 @@ struct Total {
   void flush() { outer.flush(sums, &shared); }
 };
 
-template <int kForm, bool kOld, bool kRef, bool kMore>
+template <int kForm, bool kRef, bool kMore>
 void tokens(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
   clear(sums);
   const bool segmented = per_segment(a, a.advantages) || per_segment(a, a.weight) || per_segment(a, a.entropy_weight);
@@ -188,7 +187,7 @@ void tokens(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
     if (segmented) stop = std::min(a.offsets ? a.offsets[segment + 1] : (segment + 1) * a.length, end);
     const Constants same = constants_of(a, segment);
     in_vectors(i, stop, [&](int64_t at, int steps, Mask present, auto get) {
-      total.add(run<kForm, kToken, kOld, kRef, kMore>(a, same, at, steps, present, get));
+      total.add(run<kForm, kToken, kRef, kMore>(a, same, at, steps, present, get));
     });
   }
   total.flush();
@@ -237,7 +236,8 @@ inline void share_out(const PolicyClip& a, const Constants& same, Vec share, int
       const Vec adv = counted.advantage(i, moves);
       Vec moved = all(0.0f);
       if (a.old_logprob) moved = pick(moves, get(a.logprob + i) - get(a.old_logprob + i), moved);
-      moves &= (adv != all(0.0f)) & (kept_log_ratio(moved, adv, same.low, same.high) == moved);
+      const Vec kept = kept_log_ratio(moved, adv, same.low, same.high);
+      moves = moves & differs(adv, all(0.0f)) & equal(kept, moved);
     }
     get.put(a.dlogprob + i, get(a.dlogprob + i) + pick(moves, share, all(0.0f)));
   }
@@ -264,7 +264,7 @@ void sequences(const PolicyClip& a, int64_t first, int64_t last, double* sums) {
     same.loss = all(float(-of.advantage / count * ratio));
     total.shared = 0.0;
     in_vectors(begin, end, [&](int64_t i, int steps, Mask present, auto get) {
-      total.add(run<kForm, kLevel, true, true, true>(a, same, i, steps, present, get));
+      total.add(run<kForm, kLevel, true, true>(a, same, i, steps, present, get));
     });
     if (kLevel == kSequence || kForm == kGeoMean) {
       total.flush();
@@ -281,28 +281,40 @@ void sequences(const PolicyClip& a, int64_t first, int64_t last, double* sums) {
 
 using Pass = void (*)(const PolicyClip&, int64_t, int64_t, double*);
 
+template <int kForm>
+constexpr Pass kTokens[2][2] = {{tokens<kForm, false, false>, tokens<kForm, false, true>},
+                                {tokens<kForm, true, false>, tokens<kForm, true, true>}};
+
 void token_pass(const PolicyClip& a, int64_t begin, int64_t end, double* sums) {
-  static constexpr Pass kClips[2][2][2] = {
-      {{tokens<kClip, false, false, false>, tokens<kClip, false, false, true>},
-       {tokens<kClip, false, true, false>, tokens<kClip, false, true, true>}},
-      {{tokens<kClip, true, false, false>, tokens<kClip, true, false, true>},
-       {tokens<kClip, true, true, false>, tokens<kClip, true, true, true>}}};
   static constexpr Pass kOthers[kGeoMean] = {
       nullptr,
-      tokens<kVanilla, true, true, true>,
-      tokens<kCispo, true, true, true>,
-      tokens<kSapo, true, true, true>,
-      tokens<kKlCov, true, true, true>,
-      tokens<kDro, true, true, true>,
-      tokens<kDppoTv, true, true, true>,
+      tokens<kVanilla, true, true>,
+      tokens<kCispo, true, true>,
+      tokens<kSapo, true, true>,
+      tokens<kKlCov, true, true>,
+      tokens<kDro, true, true>,
+      tokens<kDppoTv, true, true>,
   };
-  const Pass clips = kClips[a.old_logprob != nullptr][a.ref_logprob != nullptr][a.policy_weight || a.entropy];
+  const bool ref = a.ref_logprob, more = a.policy_weight || a.entropy, only = a.delta == kInf && a.dual_clip == kInf;
+  const Pass clips = only ? kTokens<kOnlyClip>[ref][more] : kTokens<kClip>[ref][more];
   (a.form == kClip ? clips : kOthers[a.form])(a, begin, end, sums);
 }
 
 void sequence_pass(const PolicyClip& a, int64_t first, int64_t last, double* sums) {
   const Pass clips = a.level == kSequence ? sequences<kClip, kSequence> : sequences<kClip, kSequenceToken>;
   (a.form == kGeoMean ? sequences<kGeoMean, kToken> : clips)(a, first, last, sums);
+}
+
+void kl_pass(const KlTerms& a, int64_t begin, int64_t end) {
+  in_vectors(begin, end, [&](int64_t i, int steps, Mask, auto get) {
+    for (const int64_t last = i + int64_t{steps} * kLanes; i < last; i += kLanes) {
+      const Vec delta = get(a.logprob + i) - get(a.ref_logprob + i);
+      const Kl kl = kl_of(a.mask ? pick(get.mask(a.mask + i), delta, all(0.0f)) : delta, a.estimator, a.gradient);
+      get.put(a.value + i, kl.value);
+      if (!a.slope) continue;
+      get.put(a.slope + i, a.mask ? pick(get.mask(a.mask + i), kl.slope, all(0.0f)) : kl.slope);
+    }
+  });
 }
 
 }  // namespace
@@ -315,6 +327,6 @@ constexpr const char* kName = "avx2";
 constexpr const char* kName = "portable";
 #endif
 
-const PolicyKernels RLHF_POLICY_KERNELS = {kName, &token_pass, &sequence_pass};
+const PolicyKernels RLHF_POLICY_KERNELS = {kName, &token_pass, &sequence_pass, &kl_pass};
 
 }  // namespace rlhf

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "../common/affine_scan.h"
@@ -9,6 +10,7 @@
 #include "groups.h"
 #include "parallel.h"
 #include "ppo.h"
+#include "row_pass.h"
 
 namespace rlhf {
 namespace {
@@ -133,26 +135,20 @@ void gae_tiled(const GaeArgs& a, int64_t n, int64_t tile, int64_t lane, const ui
 
 namespace {
 
-Moments block_moments(const float* x, const uint8_t* mask, int64_t begin, int64_t end) {
-  double count = 0.0, sum = 0.0, m2 = 0.0;
-  for (int64_t i = begin; i < end; ++i) {
-    const bool counts = !mask || mask[i];
-    count += counts ? 1.0 : 0.0;
-    sum += counts ? double(x[i]) : 0.0;
-  }
-  const double mean = count > 0.0 ? sum / count : 0.0;
-  for (int64_t i = begin; i < end; ++i) {
-    const double deviation = !mask || mask[i] ? double(x[i]) - mean : 0.0;
-    m2 += deviation * deviation;
-  }
-  return {count, mean, m2};
+// The instruction set is the one chosen for the row passes.
+const MomentKernels& kernels() {
+#ifdef RLHF_X86_KERNELS
+  if (!std::strcmp(isa_name(), "avx512")) return kMomentKernelsAvx512;
+  if (!std::strcmp(isa_name(), "avx2")) return kMomentKernelsAvx2;
+#endif
+  return kMomentKernelsPortable;
 }
 
 }  // namespace
 
 Moments moments_of(const float* x, const uint8_t* mask, int64_t begin, int64_t end) {
   Moments total{0.0, 0.0, 0.0};
-  for (int64_t i = begin; i < end; i += kBlock) total = merge(total, block_moments(x, mask, i, std::min(end, i + kBlock)));
+  for (int64_t i = begin; i < end; i += kBlock) total = merge(total, kernels().moments(x, mask, i, std::min(end, i + kBlock)));
   return total;
 }
 
@@ -161,7 +157,7 @@ void moments(const float* x, const uint8_t* mask, int64_t n, double* out, int th
   std::vector<Moments> partial(blocks);
   parallel_for(blocks, 1, useful_threads(n, threads), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      partial[b] = block_moments(x, mask, b * kBlock, std::min(n, (b + 1) * kBlock));
+      partial[b] = kernels().moments(x, mask, b * kBlock, std::min(n, (b + 1) * kBlock));
     }
   });
   Moments total{0.0, 0.0, 0.0};
@@ -176,9 +172,7 @@ void whiten(const float* x, const uint8_t* mask, int64_t n, const double* statis
   const Moments m{statistics[0], statistics[1], statistics[2]};
   const double mean = m.mean, scale = 1.0 / std::sqrt(variance(m, ddof) + eps), shift = shift_mean ? 0.0 : mean;
   parallel_for(n, kBlock, useful_threads(n, threads), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      out[i] = !mask || mask[i] ? float((double(x[i]) - mean) * scale + shift) : 0.0f;
-    }
+    kernels().whiten(x, mask, begin, end, mean, scale, shift, out);
   });
 }
 

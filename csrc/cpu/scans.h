@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/moments.h"
+
 namespace rlhf {
 
 // Advantages and returns of a packed batch. `values` may be null (zeros); so may either output.
@@ -40,5 +42,13 @@ void whiten(const float* x, const uint8_t* mask, int64_t n, const double* statis
 // (null: rows are already so); `offsets` (groups + 1) cuts that list.
 void group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
                  int threads);
+
+// One compilation of moments_kernel.cpp: elements [begin, end).
+struct MomentKernels {
+  Moments (*moments)(const float* x, const uint8_t* mask, int64_t begin, int64_t end);
+  void (*whiten)(const float* x, const uint8_t* mask, int64_t begin, int64_t end, double mean, double scale,
+                 double shift, float* out);
+};
+extern const MomentKernels kMomentKernelsPortable, kMomentKernelsAvx2, kMomentKernelsAvx512;
 
 }  // namespace rlhf

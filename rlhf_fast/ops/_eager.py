@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether the tensors are plain ones in eager mode: nobody traces, and none is a subclass.
+    """Whether the tensors are plain ones in eager mode: nobody traces or transforms, and none is a subclass.
 
     Then an op's kernel may be called as a Python function. torch's dispatcher takes 50 to 150 us for a custom op with a
     gradient, as long as a kernel needs for some 100,000 tokens.
     """
     return (
         not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
         and all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
         and _get_current_dispatch_mode() is None
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_fast import _checks
+from rlhf_fast import _backend, _backend_policy, _checks
+from rlhf_fast.ops._eager import plain
+from rlhf_fast.ops._memory import huge
 
 # exp() of a larger log-ratio says nothing that a number could hold on to: 20 nats are a factor of 5e8.
 MAX_LOG_RATIO = 20.0
@@ -86,18 +88,64 @@ def kl_estimate(
         >>> kl_estimate(logprob, ref_logprob, estimator="k1")
         tensor([ 0.5000, -1.0000])
     """
-    _checks.check_float("logprob", logprob)
-    _checks.check_float("ref_logprob", ref_logprob)
-    _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "logprob's shape")
+    if not _checks.alike(logprob, ref_logprob):
+        _checks.check_float("logprob", logprob)
+        _checks.check_float("ref_logprob", ref_logprob)
+        _checks.check_shape("ref_logprob", ref_logprob, logprob.shape, "logprob's shape")
     _checks.check_same_device(logprob=logprob, ref_logprob=ref_logprob, mask=mask)
     check_estimator("estimator", estimator)
     if gradient is not None:
         check_estimator("gradient", gradient)
     if mask is not None:
         _checks.check_mask("mask", mask, logprob.shape, "logprob's shape")
+    if _in_one_pass(logprob, ref_logprob, mask):
+        return _KlPass.apply(logprob, ref_logprob, mask, estimator, gradient or estimator)
+    if mask is not None:
         logprob, ref_logprob = keep(logprob, mask), keep(ref_logprob, mask)
     dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     return kl_terms(logprob.to(dtype) - ref_logprob.to(dtype), estimator, gradient)
+
+
+def _in_one_pass(logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None) -> bool:
+    wide = torch.float64 in (logprob.dtype, ref_logprob.dtype)
+    return (
+        logprob.is_cpu
+        and not wide
+        and plain(logprob, ref_logprob, mask)
+        and _backend.backend("cpu", "policy_loss") == "cpp"
+    )
+
+
+class _KlPass(torch.autograd.Function):
+    """Value and slope by the C++ kernel, in eager mode. Where the gradient itself is differentiated, torch forms it."""
+
+    @staticmethod
+    def forward(ctx, logprob: Tensor, ref_logprob: Tensor, mask: Tensor | None, estimator: str, gradient: str):
+        flat = [t.float().reshape(-1).contiguous() for t in (logprob, ref_logprob)]
+        counted = None if mask is None else mask.bool().reshape(-1).contiguous()
+        value = huge(torch.empty(logprob.numel()))
+        slope = huge(torch.empty(logprob.numel())) if any(ctx.needs_input_grad) else None
+        _backend_policy.kl_terms(*flat, counted, estimator=estimator, gradient=gradient, value=value, slope=slope)
+        ctx.gradient = gradient
+        if slope is not None:
+            slope = slope.reshape(logprob.shape)
+        ctx.save_for_backward(logprob, ref_logprob, mask, slope)
+        return value.reshape(logprob.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logprob, ref_logprob, mask, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = (logprob, ref_logprob) if mask is None else (keep(logprob, mask), keep(ref_logprob, mask))
+            slope = kl_slope(inputs[0].float() - inputs[1].float(), ctx.gradient)
+            slope = slope if mask is None else keep(slope, mask)
+        by_logprob = grad * slope
+        wanted = ctx.needs_input_grad
+        return (
+            by_logprob.to(logprob.dtype) if wanted[0] else None,
+            -by_logprob.to(ref_logprob.dtype) if wanted[1] else None,
+            None, None, None,
+        )  # fmt: skip
 
 
 def kl_terms(delta: Tensor, estimator: str, gradient: str | None) -> Tensor:
