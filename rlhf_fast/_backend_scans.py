@@ -168,7 +168,7 @@ def group_stats(values: Tensor, order: Tensor | None, offsets: Tensor, out: Tens
 BASELINES = {  # as Baseline and Scale in csrc/cpu/groups.h
     name: i for i, name in enumerate(("none", "given", "mean", "loo", "opo", "batch"))
 }
-SCALES = {name: i for i, name in enumerate(("none", "group", "batch", "centered"))}
+SCALES = {name: i for i, name in enumerate(("none", "group", "batch", "centered", "mean"))}
 
 
 def group_advantages(

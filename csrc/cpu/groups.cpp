@@ -100,7 +100,8 @@ void group_advantages(const Groups<Real>& g, int threads) {
   }
   parallel_for(groups, 64, threads, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
-      const double own = deviation(of[k]), s = g.scale == kGroup ? own : shared;
+      const double own = deviation(of[k]);
+      const double s = g.scale == kGroup ? own : g.scale == kGroupMean ? std::max(of[k].mean, 0.0) : shared;
       for (int64_t i = bounds[k]; i < bounds[k + 1]; ++i) {
         const int64_t row = g.order ? g.order[i] : i;
         g.valid[row] = g.valid[row] && !(g.drop_equal && own == 0.0);

@@ -13,7 +13,7 @@
 namespace rlhf {
 
 enum Baseline : int { kNoBaseline, kGiven, kMean, kLeaveOneOut, kWeighted, kBatch };  // as in _backend_scans.py
-enum Scale : int { kNoScale, kGroup, kWholeBatch, kCentered };
+enum Scale : int { kNoScale, kGroup, kWholeBatch, kCentered, kGroupMean };
 
 template <class Real>
 struct Groups {
