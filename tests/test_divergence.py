@@ -384,6 +384,14 @@ def test_autocast_in_forward_only():
         torch.testing.assert_close(w.grad, grads[1].float(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_inputs(kind):
+    tensors = inputs(6, bias=True, outliers=False)
+    layouts = tensors, [torch.stack([x, x], -1)[..., 0] for x in tensors]
+    plain, apart = (run(linear_divergence, x, torch.float32, torch.ones(6), kind=kind) for x in layouts)
+    torch.testing.assert_close(apart, plain)
+
+
 def test_two_dtypes_and_leading_shapes():
     """The reference may be narrower than the policy, in any leading shape, strided."""
     h, w, rh, rw, *_ = inputs(6, outliers=False)

@@ -319,11 +319,22 @@ def test_large_logits_keep_their_differences():
     torch.testing.assert_close(h.grad.double(), d.grad, rtol=2e-3, atol=2e-3)
 
 
-def test_strided_inputs():
-    hidden, weight, target, _ = inputs(10, 8, 12, outliers=False)
-    hidden[4] = 0
-    a = linear_logprob(hidden.t().contiguous().t(), weight.t().contiguous().t(), target).logprob
-    torch.testing.assert_close(a, linear_logprob(hidden, weight, target).logprob)
+def strided(x):
+    """x with every element of the last dimension followed by another in memory."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("layout", [lambda x: x.t().contiguous().t(), strided], ids=["transposed", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_strided_inputs(dtype, layout, chunk_size):
+    hidden, weight, target, bias = inputs(10, 8, 12, dtype, bias=True, outliers=False)
+    results = []
+    for change in (layout, lambda x: x):
+        leaves = [change(x).requires_grad_() for x in (hidden, weight, bias)]
+        out = linear_logprob(*leaves[:2], change(target), bias=leaves[2], chunk_size=chunk_size)
+        results.append([out.logprob, *torch.autograd.grad(out.logprob.sum(), leaves)])
+    torch.testing.assert_close(*results)
 
 
 def test_autocast_in_forward_only():

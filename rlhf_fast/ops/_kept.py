@@ -80,7 +80,7 @@ class Kept:
         """Fill the buffer and return the statistics of its rows. target (n,)."""
         parts, ends = [], []
         for columns, z in self.fill(buffer, h, weight):
-            b = None if bias is None else bias[columns].to(self.acc)
+            b = None if bias is None else bias[columns].to(self.acc).contiguous()
             part = row_stats(z, self._local(target, columns).clamp_(min=0), b, self.tf, entropy=entropy)
             parts.append(torch.stack([x for x in part if x is not None]))
             ends.append(columns.stop)
@@ -112,7 +112,7 @@ class Kept:
         dw = empty(weight.shape, handed, weight.device) if want.weight else None
         db = weight.new_empty(self.vocab, dtype=self.acc) if want.bias else None
         for columns, z in self._blocks(buffer):
-            block_bias = None if bias is None else bias[columns].to(self.acc)
+            block_bias = None if bias is None else bias[columns].to(self.acc).contiguous()
             dz = z[:count]
             row_dlogits(z, dz, order, self._local(target, columns), block_bias, self.tf, stats, upstream[0], a, b)
             if dh is not None and columns.start == 0:
