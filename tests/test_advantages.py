@@ -293,6 +293,18 @@ def test_dtypes_gradient_and_inputs_untouched():
     assert torch.equal(low, group_advantages(r.to(torch.bfloat16).float(), group_size=4).advantages)
 
 
+def test_views_that_are_not_contiguous():
+    """One reward of several, in fp64 (no conversion copies it), or all of them, one function after another."""
+    table = torch.randn(8, 2, dtype=torch.float64)
+    ids = torch.tensor([[3, 0], [3, 0], [3, 0], [1, 0], [1, 0], [1, 0], [1, 0], [3, 0]])[:, 0]
+    for rewards, combine in ((table[:, 1], "sum_then_normalize"), (table.t().contiguous().t(), "normalize_then_sum")):
+        got = group_advantages(rewards, group_ids=ids, combine=combine)
+        want = group_advantages(rewards.contiguous(), group_ids=ids.contiguous(), combine=combine)
+        torch.testing.assert_close(got, want)
+    got = group_advantages(table, group_ids=ids, combine="normalize_then_sum")
+    torch.testing.assert_close(got, want)
+
+
 def test_opcheck_and_compile():
     values = torch.randn(6, dtype=torch.float64)
     order, offsets = torch.tensor([5, 0, 1, 4, 2, 3]), torch.tensor([0, 2, 2, 6])

@@ -210,7 +210,7 @@ def group_stats(values: Tensor, order: Tensor | None, offsets: Tensor) -> Tensor
     groups = offsets.numel() - 1
     if _backend.backend(values.device, "group_advantages") != "torch":
         out = torch.empty(3, groups, dtype=torch.float64, device=values.device)
-        _backend_scans.group_stats(values, order, offsets, out)
+        _backend_scans.group_stats(values.contiguous(), order, offsets, out)
         return out
     listed = values if order is None else values[order]
     segment = torch.searchsorted(

@@ -294,7 +294,7 @@ def _pass_at_k(r: Tensor, finite: Tensor, groups: _Groups, count: Tensor, k: int
 
 def _normalized(column: Tensor, groups: _Groups, ddof: int, eps: float) -> Tensor:
     """(B,) rewards of one function, normalised within their groups; NaN where there is none."""
-    stats = _scans.group_stats(column.contiguous(), groups.order, groups.offsets)
+    stats = _scans.group_stats(column, groups.order, groups.offsets)
     std = _std(stats, ddof)[groups.index]
     normal = ((column - stats[1][groups.index]) / (std + eps).masked_fill(std == 0, 1.0)).masked_fill(std == 0, 0.0)
     return normal.where(torch.isfinite(column), torch.nan)
