@@ -21,7 +21,7 @@ from stage_cases import PAIRS, folders, judged_rows, run_options
 from rlhf_fast.trainers.config import make_config, run
 from rlhf_fast.trainers.run_log import read_log
 
-TIMINGS = ("seconds", "tokens_per_second", "peak_memory_mb")
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_mb", "eval_runtime", "eval_samples_per", "eval_steps_per")
 RL = dict(max_completion_length=5, num_generations=4, reward_funcs=["grpo_cases:digits_sum"], learning_rate=1e-3)
 RL |= dict(per_device_train_batch_size=8, eval_dataset=None, eval_do_sample=True)
 ONE = dict(num_generations=1, per_device_train_batch_size=4, reward_funcs=["resume_cases:noisy_reward"])
@@ -139,6 +139,15 @@ def slow_reward(completion_ids, **_):
 
 
 slow_reward.called = False
+
+
+def rising_reward(completion_ids, **_):
+    """More at every call."""
+    rising_reward.calls += 1
+    return [float(rising_reward.calls)] * len(completion_ids)
+
+
+rising_reward.calls = 0
 
 
 def hurt_reward(completion_ids, **_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 
 import resume_cases as cases
+import resume_ranks
 
 from rlhf_fast.trainers import checkpoint as files
 
@@ -23,37 +25,43 @@ pytestmark = [
 ]
 
 
-def launch(folder, name, **changes):
-    """(exit status, output, seconds) of torchrun."""
+def launch(folder, name, stage, **changes):
+    """(exit status, output, seconds) of torchrun; PPO under FSDP2, GRPO under DDP."""
     hurt = changes.pop("hurt", "")
-    if hurt:
-        changes["reward_funcs"] = ["resume_cases:hurt_reward"]
-    values = cases.options(folder, name, "grpo", max_steps=16, save_steps=2, logging_steps=1, ddp_timeout=60, **changes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += cases.command(folder, values)[1:]
+    changes["reward_funcs"] = ["resume_cases:hurt_reward" if hurt else "grpo_cases:digits_sum"]
+    values = cases.options(folder, name, stage, max_steps=16, save_steps=2, logging_steps=1, ddp_timeout=60, **changes)
+    if stage == "ppo":
+        (folder / "runs.json").write_text(json.dumps([dict(options=values, fsdp2=True)]))
+        run = [resume_ranks.__file__, str(folder)]
+    else:
+        run = cases.command(folder, values)[1:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *run]
     began = time.monotonic()
     done = subprocess.run(command, env=cases.environment(HURT=hurt), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
 
-def test_two_processes_end_resume_and_agree(tmp_path):
-    folder = cases.prepare(tmp_path, "grpo")
-    code, output, _ = launch(folder, "whole")
+@pytest.mark.parametrize(("stage", "stopped", "killed"), [("grpo", 5, 12), ("ppo", 2, 2)])
+def test_two_processes_end_resume_and_agree(tmp_path, stage, stopped, killed):
+    """The second rollout's rewards bring a signal; PPO's step is a rollout, GRPO's one of its updates."""
+    folder = cases.prepare(tmp_path, stage)
+    code, output, _ = launch(folder, "whole", stage)
     assert code == 0, output[-3000:]
-    code, output, _ = launch(folder, "parts", hurt="SIGTERM")  # of one process only
+    code, output, _ = launch(folder, "parts", stage, hurt="SIGTERM")  # of one process only
     assert code != 0
     assert "exitcode  : 143" in output, output[-3000:]
     saved = files.find_checkpoint(folder / "parts", "latest")
-    assert files.step_of(saved) == 5  # the first of the second rollout's four updates
+    assert files.step_of(saved) == stopped
     own = [torch.load(saved / f"process_{r}.pt", weights_only=True)["parts"]["trainer"] for r in range(2)]
     assert not torch.equal(own[0]["shuffle"], own[1]["shuffle"])
-    assert own[0]["todo"] == own[1]["todo"] == [(0, 1), (1, 0), (1, 1)]
-    code, output, seconds = launch(folder, "parts", hurt="SIGKILL", resume_from_checkpoint=True)
+    if stage == "grpo":  # the first of the second rollout's four updates is made
+        assert own[0]["todo"] == own[1]["todo"] == [(0, 1), (1, 0), (1, 1)]
+    code, output, seconds = launch(folder, "parts", stage, hurt="SIGKILL", resume_from_checkpoint=True)
     assert code != 0
     assert "Signal 9 (SIGKILL)" in output, output[-3000:]
     assert seconds < 120
-    assert files.step_of(files.last_checkpoint(folder / "parts")) == 12
-    code, output, _ = launch(folder, "parts", resume_from_checkpoint=True)
+    assert files.step_of(files.last_checkpoint(folder / "parts")) == killed
+    code, output, _ = launch(folder, "parts", stage, resume_from_checkpoint=True)
     assert code == 0, output[-3000:]
     a, b = cases.weights(folder / "whole"), cases.weights(folder / "parts")
     assert a.keys() == b.keys()

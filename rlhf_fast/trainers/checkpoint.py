@@ -215,7 +215,7 @@ def _flaw(folder: str, changed: int) -> str | None:
         if _sha256(path) != digest:
             return f"corrupt: {name} is not what was written (its sha256 differs)"
     if not marker.get("resumable", True):
-        return "without training state (save_only_model, or weights that were sharded)"
+        return "without training state (save_only_model)"
     return None
 
 

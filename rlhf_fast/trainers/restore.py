@@ -38,7 +38,7 @@ def check_fits(folder: Path, *, stage: str, processes: int, options: Mapping[str
         raise ValueError(f"resume_from_checkpoint: {folder} is of {marker.get('stage')}, this run is {stage}")
     before = marker.get("processes", processes)
     if before != processes:
-        text = f"{folder} was written by {before} processes, this run has {processes}"
+        text = f"{folder} was written by {before} process{'es' * (before > 1)}, this run has {processes}"
         warnings.warn(f"{text}: data order and random numbers will not be those of an unbroken run", stacklevel=2)
     then, now = marker.get("options", {}), json.loads(json.dumps(dict(options), default=str))
     changed = [n for n in sorted(then.keys() & now.keys()) if n not in FREE and then[n] != now[n]]
