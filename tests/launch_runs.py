@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf_fast.cli.train import leave_ranks, train
+from rlhf_fast.trainers.run_log import peak_memory_mb
 
 
 def score(completion_ids, **_):
@@ -16,6 +17,8 @@ def score(completion_ids, **_):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    ballast = torch.zeros((1 << 28) * int(os.environ["RANK"]), dtype=torch.uint8)  # MB that the first process lacks
+    ballast.fill_(1)
     if sys.argv[2:] == ["fsdp2"]:
         from ranks import fsdp2_on_the_cpu
 
@@ -23,4 +26,5 @@ if __name__ == "__main__":
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"  # accelerate launch's own default
     for file in sorted(Path(sys.argv[1]).glob("*.yaml")):
         train(file)
+        Path(sys.argv[1], f"{file.stem}-{os.environ['RANK']}.peak").write_text(str(peak_memory_mb()))
     leave_ranks()

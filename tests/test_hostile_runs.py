@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 from stage_cases import folders, run_options, tiny_config
 from test_cli import invoke
 
@@ -138,6 +141,72 @@ def test_windows(run):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(run.folder / "model")
     refused(run("sft", rows), "the longest row has 74 tokens, the model's window is 64", "set cutoff_len")
     refused(run("grpo", rows, "cutoff_len=99"), "the longest prompt with its completion has 75 tokens")
+
+
+def cut(path, count):
+    path.write_bytes(path.read_bytes()[:count])
+
+
+def without_a_weight(path):
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+DAMAGES = {
+    "cut weights": ("model.safetensors", lambda path: cut(path, 1000), "SafetensorError: Error while deserializing"),
+    "no header": ("model.safetensors", lambda path: cut(path, 4), "header too small"),
+    "a weight is missing": ("model.safetensors", without_a_weight, "lacks 1 of the weights"),
+    "cut config": ("config.json", lambda path: cut(path, 50), "not a valid JSON file"),
+    "a list": ("config.json", lambda path: path.write_text("[]"), "must be a mapping, not list"),
+    "another width": (
+        "config.json",
+        lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 40})),
+        "RuntimeError: ",
+    ),
+    "a word for a number": (
+        "config.json",
+        lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "x"})),
+        "Validation error for field 'hidden_size'",
+    ),
+    "cut tokenizer": ("tokenizer.json", lambda path: cut(path, 50), "no tokenizer could be loaded"),
+}
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "grpo"])
+def test_damaged_model_folders_are_named(run, stage):
+    whole = run.folder / "whole"
+    shutil.copytree(run.folder / "model", whole)
+    for name, damage, words in DAMAGES.values():
+        damage(run.folder / "model" / name)
+        refused(run(stage, [ROWS[stage]] * 4), "model_name_or_path: ", str(run.folder / "model"), words)
+        shutil.rmtree(run.folder / "model")
+        shutil.copytree(whole, run.folder / "model")
+
+
+def test_options_that_only_a_library_can_judge(run):
+    rows = [ROWS["grpo"]] * 4
+    refused(run("grpo", rows, "lr_scheduler_type=bogus"), "lr_scheduler_type: bogus is not a valid SchedulerType")
+    words = "lr_scheduler_type=warmup_stable_decay"
+    refused(run("grpo", rows, words), words, "num_decay_steps")
+    refused(run("sft", [ROWS["sft"]], words), words, "lr_scheduler_kwargs: ", "num_decay_steps")
+    plateau = ["lr_scheduler_type=reduce_lr_on_plateau", "val_size=1", "eval_steps=1"]
+    refused(run("grpo", rows, *plateau), "reduce_lr_on_plateau follows a metric")
+    for stage in ("sft", "grpo"):
+        refused(run(stage, [ROWS[stage]] * 4, "report_to=bogus"), "report_to: bogus is not supported, only ")
+        if importlib.util.find_spec("wandb") is None:
+            refused(run(stage, [ROWS[stage]] * 4, "report_to=wandb"), "report_to: ", "requires wandb")
+
+
+@pytest.mark.parametrize("stage", ROLLOUTS)
+def test_a_policy_of_nan_does_not_sample(run, stage):
+    """Its completions are alike, and without advantages there would be no broken gradient to skip."""
+    weights = load_file(run.folder / "model" / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.nan)
+    save_file(weights, run.folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        run(stage, [ROWS[stage]] * 4), "log-probabilities of sampled tokens are NaN (", "the model's weights are NaN"
+    )
 
 
 REWARDS = """

@@ -55,6 +55,9 @@ def check_runs(outputs: dict[str, Path]) -> None:
         summary = json.loads((folder / "summary.json").read_text())
         assert summary["steps"] == 2
         assert summary["tokens_per_second"] > 0
+        first, second = (float((folder.parent / f"{stage}-{rank}.peak").read_text()) for rank in range(2))
+        for row in (summary, rows[0]):  # the largest of all processes
+            assert first + 100 < row["peak_memory_mb"] <= second + 0.1, stage
 
 
 @gloo

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken, warn_of_fp16
-from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, read_marker, writing
+from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, placing, read_marker, writing
 from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
@@ -156,6 +156,14 @@ class FusedTrainer(Trainer):
             self.optimizer = optimizer(self.parameter_groups, **options)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:  # one that needs more than a number of steps
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type.value}, lr_scheduler_kwargs: {error}"
+            ) from error
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """group_by_length also for datasets, such as pairs, whose items say their lengths elsewhere."""
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
@@ -202,10 +210,12 @@ class FusedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now, tokens = time.perf_counter(), int(self._tokens) * self.accelerator.num_processes
+            self._window.add({PEAK: torch.tensor(peak_memory_mb())})
             window = self._window.reduced(self.accelerator, self._window_steps)
+            peak = window.pop(PEAK).item()
             logs |= self.finish_metrics({"loss": logs["loss"]} | {k: v.item() for k, v in window.items()})
             logs["tokens_per_second"] = round(tokens / max(now - self._tokens_since, 1e-9), 1)
-            logs["peak_memory_mb"] = round(peak_memory_mb(), 1)
+            logs["peak_memory_mb"] = round(peak, 1)
             if self.broken_steps.skipped or self.broken_steps.scaler is not None:
                 logs |= self.broken_steps.metrics()
             self._window, self._window_steps, self._tokens, self._tokens_since = _Sums(), 0, 0, now
@@ -249,12 +259,27 @@ class FusedTrainer(Trainer):
     # ---- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under FSDP2 the whole model too, which the Trainer leaves out where its checkpoints are sharded."""
-        state = full_state(self.accelerator, self.model)
+        """The whole model, also where it is sharded; put into `output_dir` once all of it is written."""
+        folder, state = output_dir or self.args.output_dir, full_state(self.accelerator, self.model)
+        if _internal_call:
+            self._write_model(folder, state)
+            return
+        with placing(folder, self.accelerator, needed=expected_bytes([self.model])) as part:
+            self._write_model(str(part), state)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: str, state: dict[str, Tensor] | None) -> None:
         if state is None:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(folder, True)
         elif self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=state)
+            self._save(folder, state_dict=state)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config") and getattr(model, "generation_config", None):
+            model.generation_config.save_pretrained(folder)  # what an adapter is saved without
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """The Trainer's files, written as `rlhf_fast.trainers.checkpoint` says."""
@@ -274,16 +299,12 @@ class FusedTrainer(Trainer):
         if weights is not None and not args.save_only_model:  # gathered before a process can fail to write
             optimizer = gathered_state(self.accelerator, self.optimizer.state_dict())
         with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
-            if weights is None:
-                self.save_model(str(part), _internal_call=True)
-            elif args.should_save:
-                self._save(str(part), state_dict=weights)
+            self._write_model(str(part), weights)
             if not args.save_only_model:
                 self._save_training(part, optimizer)
             if args.should_save:
                 self._export_callbacks()
                 state.save_to_json(str(part / "trainer_state.json"))
-                (part / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
@@ -406,6 +427,7 @@ class _AfterStep(TrainerCallback):
             raise Stopped(self.trainer.signals.signum, f" after step {state.global_step}, which is saved")
 
 
+PEAK = "peak_memory_mb_max"  # over the processes
 EXTRA_STATE = "stage_state.safetensors"
 SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 

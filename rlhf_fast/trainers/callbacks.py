@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 
 from rlhf_fast.trainers.run_log import RunLog
@@ -126,6 +127,16 @@ class SkipBrokenSteps(TrainerCallback):
                 parameter.grad = None
         warnings.warn(f"step {state.global_step + 1}: a gradient is not finite, step skipped", stacklevel=2)
         self.steps.missed(state.global_step + 1)
+
+
+def check_trackers(report_to: str | list[str]) -> None:
+    """Raise ValueError where a tracker is unknown or not installed."""
+    names = [report_to] if isinstance(report_to, str) else report_to
+    try:
+        for tracker in get_reporting_integration_callbacks([n for n in names if n not in ("none", "all")]):
+            tracker()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"report_to: {error}") from error
 
 
 def warn_of_fp16(accelerator: Any) -> None:

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -55,34 +55,75 @@ def writing(
         about: what the marker says besides the files; `resumable=False` where the training state is left out.
     Raises: CheckpointError naming the folder, the reason, and the bytes needed and free.
     """
-    folder, main = Path(folder), accelerator.is_main_process
-    part = folder.with_name(f".{folder.name}.part")
+    folder = Path(folder)
+
+    def prepare(part: Path) -> None:
+        for left in folder.parent.glob(".checkpoint-*.part"):  # of a killed process
+            shutil.rmtree(left, ignore_errors=True)
+
+    def finish(part: Path) -> None:
+        seal(part, about)
+        replace(part, folder)
+        prune(folder.parent, limit, best)
+
+    with _beside(folder.with_name(f".{folder.name}.part"), folder, accelerator, needed, prepare, finish) as part:
+        yield part
+
+
+@contextmanager
+def placing(folder: str | os.PathLike, accelerator: Any, *, needed: int = 0) -> Iterator[Path]:
+    """Inside the block every process writes a model's files into the folder that it is given; then they are put into
+    `folder`, beside and instead of what is there.
+
+    They are whole and on the disk before the first one gets its name. Weights come first, `config.json` last: in a new
+    folder there is a model when all of it is there. Weights of an earlier model go once the new ones have their place.
+
+    Args:
+        needed: bytes, about; for the error on a full disk.
+    Raises: CheckpointError naming the folder, the reason, and the bytes needed and free.
+    """
+    folder = Path(folder)
+
+    def finish(part: Path) -> None:
+        for path in (*part.rglob("*"), part):
+            flush(path)
+        put(part, folder)
+
+    with _beside(folder / ".model.part", folder, accelerator, needed, lambda part: None, finish) as part:
+        yield part
+
+
+@contextmanager
+def _beside(
+    part: Path, folder: Path, accelerator: Any, needed: int, prepare: Callable[[Path], None],
+    finish: Callable[[Path], None],
+) -> Iterator[Path]:  # fmt: skip
+    """The steps of a save, after each of which a process that failed makes all of them fail."""
+    main = accelerator.is_main_process
     error: BaseException | None = None
     try:
         if main:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            for left in folder.parent.glob(".checkpoint-*.part"):  # of a killed process
-                shutil.rmtree(left, ignore_errors=True)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            prepare(part)
+            shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
     except OSError as failed:
         error = failed
-    _all_fine(error, folder, accelerator, needed)
+    _all_fine(error, part, folder, accelerator, needed)
     try:
         yield part
     except (OSError, RuntimeError, SafetensorError) as failed:
         error = failed
-    _all_fine(error, folder, accelerator, needed)
+    _all_fine(error, part, folder, accelerator, needed)
     try:
         if main:
-            seal(part, about)
-            replace(part, folder)
-            prune(folder.parent, limit, best)
+            finish(part)
     except OSError as failed:
         error = failed
-    _all_fine(error, folder, accelerator, needed)
+    _all_fine(error, part, folder, accelerator, needed)
 
 
-def _all_fine(error: BaseException | None, folder: Path, accelerator: Any, needed: int) -> None:
+def _all_fine(error: BaseException | None, part: Path, folder: Path, accelerator: Any, needed: int) -> None:
     """Raise on all processes where one failed."""
     own = None if error is None else _words(error)
     every = gather_object([own]) if accelerator.num_processes > 1 else [own]
@@ -90,23 +131,14 @@ def _all_fine(error: BaseException | None, folder: Path, accelerator: Any, neede
     if not failed:
         return
     if accelerator.is_main_process:
-        shutil.rmtree(folder.with_name(f".{folder.name}.part"), ignore_errors=True)
-    kept = newest(folder.parent)
-    before = f"{kept.name} is complete" if kept is not None else "there is no earlier one"
+        shutil.rmtree(part, ignore_errors=True)
+    run = part.parent
+    kept = newest(run)
+    before = f"{kept.name} is complete" if kept is not None else "there is no earlier checkpoint"
     where = "" if len(every) == 1 else f" by process {', '.join(map(str, failed))}"
-    reason = f"{next(iter(failed.values()))}. {_room(folder.parent, needed)}; {before}"
-    raise CheckpointError(f"{folder} could not be written{where}: {reason}") from error
-
-
-@contextmanager
-def clear_errors(folder: str | os.PathLike, needed: int) -> Iterator[None]:
-    """A model that cannot be written to `folder` is an error that names it, and the bytes needed and free."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the model could not be written to {folder}: {_words(error)}. {_room(Path(folder), needed)}"
-        ) from error
+    what = f"the model in {folder}" if run == folder else str(folder)
+    reason = f"{next(iter(failed.values()))}. {_room(run, needed)}; {before}"
+    raise CheckpointError(f"{what} could not be written{where}: {reason}") from error
 
 
 def _words(error: BaseException) -> str:
@@ -142,6 +174,25 @@ def replace(part: Path, folder: Path) -> None:
     part.rename(folder)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put(part: Path, folder: Path) -> None:
+    """Rename the files of `part` into `folder`, whose weights of before are removed."""
+    files = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+    folders = {file.parent for file in files}
+    for name in sorted(folders):
+        (folder / name).mkdir(exist_ok=True, parents=True)
+    ends, last = (".safetensors", ".index.json"), ("config.json", "adapter_config.json")
+    for file in sorted(files, key=lambda f: (f.name in last, not f.name.endswith(ends), str(f))):
+        os.replace(part / file, folder / file)
+    kinds = {(file.parent, file.name.split(".")[0].split("-")[0]) for file in files if file.name.endswith(ends)}
+    for name in folders:
+        for old in (folder / name).iterdir():
+            kind = (name, old.name.split(".")[0].split("-")[0])  # model, of model-00001-of-00002.safetensors
+            if old.name.endswith(ends) and kind in kinds and old.relative_to(folder) not in files:
+                old.unlink()
+        flush(folder / name)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def flush(path: Path) -> None:

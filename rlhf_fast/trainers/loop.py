@@ -30,19 +30,21 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import SchedulerType
 
 from rlhf_fast.trainers import checkpoint as files
-from rlhf_fast.trainers.callbacks import SkippedSteps, or_broken, warn_of_fp16
+from rlhf_fast.trainers.callbacks import SkippedSteps, check_trackers, or_broken, warn_of_fp16
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.meters import Meters
 from rlhf_fast.trainers.models.lora import optimizer_groups
-from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
+from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
 from rlhf_fast.trainers.sharding import join_processes
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 from rlhf_fast.trainers.snapshot import POLICY, Snapshot
 from rlhf_fast.trainers.spread import Modules, spread_of
 
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
 REDRAW_SECONDS = 60.0  # curves of a run in progress
 
 
@@ -120,7 +122,10 @@ class Loop:
         config = self.config
         updates, warmup = max_steps * updates_per_step, config.warmup_steps * updates_per_step
         warmup = warmup or int(config.warmup_ratio * updates)
-        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, updates)
+        try:
+            self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, updates)
+        except (TypeError, ValueError) as error:  # one that needs more than a number of steps
+            raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type}: {error}") from error
         self.callbacks.lr_scheduler = self.scheduler
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
@@ -141,13 +146,15 @@ class Loop:
         self.control = self.callbacks.on_init_end(self.arguments, self.state, self.control)
         self.control = self.callbacks.on_train_begin(self.arguments, self.state, self.control)
 
-    def finish(self, **values: Any) -> dict[str, Any]:
-        """Save the model, draw the curves, write the summary."""
+    def finish(self, evaluate: Callable[[], Mapping[str, float]] | None = None, **values: Any) -> dict[str, Any]:
+        """Save the model, then evaluate it (but after a signal), draw the curves, write the summary."""
         self.control = self.callbacks.on_train_end(self.arguments, self.state, self.control)
         self.bar.close()
-        with files.clear_errors(self.config.output_dir, files.expected_bytes(self.models.values())):
-            self.snapshot.save_model(self.config.output_dir)
-        self.accelerator.wait_for_everyone()
+        states, needed = self.snapshot.model_states(), files.expected_bytes(self.models.values())
+        with files.placing(self.config.output_dir, self.accelerator, needed=needed) as part:
+            self.snapshot.save_model(part, states)
+        if evaluate is not None and not self.signals.agreed(self.accelerator):
+            values |= evaluate()
         if self.config.plot_loss:
             self.log.curves()
         self.log.close()
@@ -159,7 +166,7 @@ class Loop:
             tokens_per_second=round(self.state.num_input_tokens_seen / total, 1),
             seconds_by_part={name: round(value, 3) for name, value in self.seconds.items()},
             **self.broken_steps.metrics(),
-            peak_memory_mb=round(peak_memory_mb(), 1),
+            peak_memory_mb=largest_peak_mb(self.accelerator),
             output_dir=str(self.config.output_dir),
             **values,
         )
@@ -281,7 +288,8 @@ class Loop:
             self._tokens_logged, self._tokens_at = self.state.num_input_tokens_seen, now
         for part, seconds in self.seconds.items():
             row[f"seconds_{part}"] = seconds - self._seconds_logged.get(part, 0.0)
-        row |= self.broken_steps.metrics() | {"peak_memory_mb": peak_memory_mb(), "epoch": self.state.epoch}
+        row |= self.broken_steps.metrics()
+        row |= {"peak_memory_mb": largest_peak_mb(self.accelerator), "epoch": self.state.epoch}
         self.control = self.callbacks.on_log(self.arguments, self.state, self.control, logs=row)  # may add to the row
         self.log.log(self.state.global_step, row)
         shown = {name: f"{row[name]:.3f}" for name in ("reward", "loss", "kl") if name in row}
@@ -330,6 +338,13 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     shared = ("output_dir", "run_name", "seed", "logging_steps", "learning_rate", "per_device_train_batch_size")
     shared += ("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "lr_scheduler_type", "use_cpu")
     shared += ("ddp_timeout",)  # of the process group, which is made here
+    check_trackers(config.report_to)
+    try:
+        SchedulerType(config.lr_scheduler_type)
+    except ValueError as error:
+        raise ValueError(f"lr_scheduler_type: {error}") from None
+    if config.lr_scheduler_type in BY_METRIC:
+        raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type} follows a metric, not steps: not supported")
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in shared},
         report_to=config.report_to,

@@ -126,6 +126,8 @@ class RLTrainer:
     def make_sampler(self, *, greedy: bool, seed: int | None = None) -> Any:
         config, model = self.config, self.loop.unwrapped
         eos = getattr(model.generation_config, "eos_token_id", None)
+        if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
+            raise ValueError(f"eos_token_id in generation_config.json must be an id or a list of ids, got {eos!r}")
         eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
         settings = SamplerSettings(
             max_new_tokens=config.turn_length,
@@ -147,7 +149,14 @@ class RLTrainer:
         ids = [p.ids for p in prompts]
         columns = {"columns": columns_of(prompts)} if isinstance(sampler, MultiTurnSampler) else {}
         with self.loop.spread.gathered(self.model):
-            return sampler(ids, group_size, **columns)
+            rollout = sampler(ids, group_size, **columns)
+        broken = int(rollout.logprob.isnan().sum())
+        if broken:
+            raise FloatingPointError(
+                f"log-probabilities of sampled tokens are NaN ({broken} of {len(rollout.logprob)}): the model's "
+                "weights are NaN, or its logits overflow"
+            )
+        return rollout
 
     def generate(self, queries: Sequence[str | Sequence[int]], group_size: int = 1) -> Rollout:
         """Completions of prompts, texts or token ids, with what the sampler recorded: for `step`."""
@@ -326,13 +335,11 @@ class RLTrainer:
         self.reward_first, self.reward_last = state["reward"]
 
     def finish(self, **values: Any) -> dict[str, Any]:
-        """The best model where it was asked for, a last evaluation, the files; returns what `summary.json` holds."""
+        """The best model where it was asked for, the files, a last evaluation; returns what `summary.json` holds."""
         if self.reward_first is not None:
             values |= dict(reward_first=self.reward_first, reward_last=self.reward_last)
         values |= self.brakes.finish(self.loop) | ({"data": self.data} if self.data else {})
-        if self.can_evaluate:
-            values |= self.evaluate()
-        return self.loop.finish(**values)
+        return self.loop.finish(self.evaluate if self.can_evaluate else None, **values)
 
 
 def finite_mean(values: Tensor) -> float:

@@ -75,6 +75,15 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def largest_peak_mb(accelerator: Any) -> float:
+    """The largest `peak_memory_mb` of all processes, each of which calls it."""
+    peak = peak_memory_mb()
+    if accelerator.num_processes == 1:
+        return round(peak, 1)
+    torch = sys.modules["torch"]
+    return round(float(accelerator.gather(torch.tensor([peak], device=accelerator.device)).max()), 1)
+
+
 def to_plain(value: Any) -> Any:
     """Tensors, NumPy scalars, paths and containers of them as what JSON knows; NaN and inf stay floats."""
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -29,19 +29,26 @@ class Stopped(SystemExit):
 class StopSignals:
     """Inside the `with` block the first signal is only noted; a second one ends the process at once.
 
-    The handlers that were there before are back afterwards. Outside of the main thread nothing is changed.
+    The handlers that were there before are back afterwards, that is after the outermost of several blocks inside one
+    another. Outside of the main thread nothing is changed.
     """
 
     def __init__(self) -> None:
-        self.signum, self._since, self._before = 0, 0.0, {}
+        self.signum, self._since, self._before, self._depth = 0, 0.0, {}, 0
 
     def __enter__(self) -> StopSignals:
+        self._depth += 1
+        if self._depth > 1:
+            return self
         self.signum = 0
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._noted) for s in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for signum, handler in self._before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._before = {}

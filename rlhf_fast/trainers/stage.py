@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf_fast.trainers.base import FusedTrainer
-from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback
-from rlhf_fast.trainers.checkpoint import clear_errors, expected_bytes, resume_path, step_of
+from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback, check_trackers
+from rlhf_fast.trainers.checkpoint import resume_path, step_of
 from rlhf_fast.trainers.config import TrainerConfig
 from rlhf_fast.trainers.data.dataset_info import load_rows
 from rlhf_fast.trainers.data.packing import check_packing
@@ -26,7 +27,7 @@ from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
 from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
-from rlhf_fast.trainers.run_log import RunLog, peak_memory_mb, write_atomic
+from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
 from rlhf_fast.trainers.sharding import join_processes
 
 
@@ -82,18 +83,15 @@ def run_stage(
             trainer.add_callback(QuietProgress)
         if config.loraplus_lr_ratio is not None:
             trainer.parameter_groups = optimizer_groups(model, config)
-        trained = {}
-        if config.do_train:
-            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trained = {"steps": result.global_step, "train_loss": trainer.train_loss}
-        metrics = trainer.evaluate() if evaluation[0] is not None else {}
-        model.config.use_cache = use_cache  # the Trainer switches it off
-        if config.do_train:
-            with clear_errors(config.output_dir, expected_bytes([model])):
+        trained, metrics = {}, {}
+        with trainer.signals if config.do_train else nullcontext():  # the model is saved before they end the run
+            if config.do_train:
+                result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                trained = {"steps": result.global_step, "train_loss": trainer.train_loss}
+                model.config.use_cache = use_cache  # the Trainer switches it off
                 trainer.save_model(config.output_dir)
-            if hasattr(model, "peft_config") and getattr(model, "generation_config", None) and run_log.main:
-                model.generation_config.save_pretrained(config.output_dir)  # what an adapter is saved without
-            (Path(config.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            if evaluation[0] is not None and not trainer.signals.agreed(trainer.accelerator):
+                metrics = trainer.evaluate()
         if config.plot_loss:
             run_log.curves()
         return run_log.summary(
@@ -104,7 +102,7 @@ def run_stage(
             data=dataclasses.asdict(train[0].stats),
             skipped_steps=trainer.broken_steps.skipped,
             tokens_per_second=_median([row.get("tokens_per_second") for row in run_log.rows]),
-            peak_memory_mb=round(peak_memory_mb(), 1),
+            peak_memory_mb=largest_peak_mb(trainer.accelerator),
             seconds=round(time.perf_counter() - start, 2),
             output_dir=str(config.output_dir),
         )
@@ -170,6 +168,7 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
     values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
     values |= config.training_arguments
     join_processes(config)
+    check_trackers(values["report_to"])
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError) as error:

@@ -188,7 +188,7 @@ def check_name(name: str | None) -> None:
     """Raise ValueError naming the nearest known template when `name` is none."""
     if name and name not in PLAIN and name not in FORMATS:
         raise ValueError(
-            f"unknown template {name!r}{nearest(name, [*FORMATS, *PLAIN])} Known: {', '.join([*PLAIN, *FORMATS])}. "
+            f"unknown template {name!r}{nearest(name, [*FORMATS, *PLAIN])}. Known: {', '.join([*PLAIN, *FORMATS])}. "
             "Without `template`, the tokenizer's own chat template is used"
         )
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from rlhf_fast.trainers.config import RunConfig, find_model
 from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.data.templates import apply_template
+from rlhf_fast.trainers.memory_advice import is_out_of_memory
 from rlhf_fast.trainers.models.lora import base_of, choose_trained, merge_adapter
 from rlhf_fast.trainers.models.quantization import quantization_options
 
+CLASSIFIER = "AutoModelForSequenceClassification"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,7 +32,7 @@ def load_tokenizer(config: RunConfig) -> Any:
         name = find_model(f"the base of {name}", base_of(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of its own reader, of JSON, of transformers
         raise ValueError(f"{key}: no tokenizer could be loaded from {name}: {_first_line(error)}") from error
     return ready_tokenizer(apply_template(tokenizer, config.template))
 
@@ -118,12 +120,23 @@ def weights_dtype(config: RunConfig) -> torch.dtype:
 
 
 def _from_pretrained(key: str, name: str, auto_class: str, **options: Any) -> nn.Module:
+    """Raises: ValueError with the reason, which may be any file of the folder; also where weights are missing."""
     import transformers
 
     try:
-        return getattr(transformers, auto_class).from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{key}: no model could be loaded from {name}: {_first_line(error)}") from error
+        model, found = getattr(transformers, auto_class).from_pretrained(name, output_loading_info=True, **options)
+    except Exception as error:  # transformers, safetensors and torch have a type each for a file that is damaged
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"{key}: no model could be loaded from {name}: {reason}") from error
+    body = f"{model.base_model_prefix}." if auto_class == CLASSIFIER else ""  # its head may be a new one
+    missing = sorted(n for n in found["missing_keys"] if n.startswith(body))
+    if missing:
+        raise ValueError(
+            f"{key}: {name} lacks {len(missing)} of the weights that its config.json describes, such as {missing[0]}"
+        )
+    return model
 
 
 def save_model(

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_fast import _checks
 from rlhf_fast.trainers.config import RunConfig, find_model
-from rlhf_fast.trainers.models.hf_utils import load_folder, load_model
-
-AUTO_CLASS = "AutoModelForSequenceClassification"
+from rlhf_fast.trainers.models.hf_utils import CLASSIFIER, load_folder, load_model
 
 
 def score_sequences(
@@ -129,7 +127,7 @@ def new_reward_model(config: RunConfig, tokenizer: Any = None) -> nn.Module:
     Raises: ValueError when transformers has no sequence classifier of the model's family.
     """
     fresh = not _has_score(Path(find_model("model_name_or_path", config.model_name_or_path)))
-    model = pool_by_length(load_model(config, tokenizer, auto_class=AUTO_CLASS, num_labels=1))
+    model = pool_by_length(load_model(config, tokenizer, auto_class=CLASSIFIER, num_labels=1))
     heads = score_heads(model)
     if config.finetuning_type == "freeze":
         heads[0].weight.requires_grad_(True)
@@ -152,7 +150,7 @@ def load_reward_model(
     folder = Path(find_model("reward_model", str(path)))
     if not _has_score(folder):
         raise ValueError(f"reward_model: {folder} has no trained score head; train one with stage: rm")
-    model = load_folder(folder, auto_class=AUTO_CLASS, dtype=dtype, trust_remote_code=trust_remote_code, num_labels=1)
+    model = load_folder(folder, auto_class=CLASSIFIER, dtype=dtype, trust_remote_code=trust_remote_code, num_labels=1)
     return pool_by_length(model).requires_grad_(False).eval()
 
 
