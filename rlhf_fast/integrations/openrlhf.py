@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.integrations._patching import Expect, Patch, PatchError, Replace
-from rlhf_fast.losses import PolicyLoss, policy_loss, preference_loss
+from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops.from_logits import entropy_from_logits, logprob_from_logits
 from rlhf_fast.ops.kl import kl_estimate
 from rlhf_fast.ops.value import gae
@@ -121,9 +121,10 @@ def policy_loss_forward(
         log_probs,
         behaviour,
         advantages,
-        kind=PolicyLoss("ppo", **options),
+        kind="ppo",
         mask=mask,
         rollout_logprob=rollout_log_probs if corrects and not gspo else None,
+        **options,
     )
     tokens = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask
     share = batch_num_tokens / dp_size if self.token_level_loss and batch_num_tokens is not None else None
@@ -140,7 +141,7 @@ def policy_loss_forward(
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum()
+    return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
 def value_loss_forward(
