@@ -103,6 +103,41 @@ def kl_terms(
     )  # fmt: skip
 
 
+def value_clip(
+    values: Tensor,  # (n,) f32, as every float tensor here
+    old_values: Tensor | None,  # (n,)
+    returns: Tensor,  # (n,)
+    mask: Tensor | None,  # (n,) bool
+    weight: Tensor,  # (segments,), or (1,) for all tokens
+    offsets: Tensor | None,  # (segments+1,) int64; None: `segments` sequences of `length`
+    segments: int,
+    length: int,
+    *,
+    clip: float,
+    delta: float,  # inf: no Huber
+    dvalues: Tensor,  # (n,), written
+    sums: Tensor,  # (6,), written: loss, clipped, value, return, |value - return|, count
+) -> None:
+    """Sums and dloss/dvalues of the value loss in one pass."""
+    n = values.numel()
+    floats = dict(values=values, old_values=old_values, returns=returns, dvalues=dvalues)
+    _check_each(n, torch.float32, **floats)
+    _check_each(n, torch.bool, mask=mask)
+    _check_each(6, torch.float32, sums=sums)
+    _check("weight", weight, (segments,), (1,))
+    per_sequence = weight.numel() == segments and segments > 1
+    if per_sequence:
+        _check("offsets", offsets, (segments + 1,), dtype=torch.int64)
+        if offsets is None and segments * length != n:
+            raise ValueError(f"values must hold {segments} sequences of {length}, got {n} tokens")
+        if offsets is not None and (int(offsets[0]) != 0 or int(offsets[-1]) != n):
+            raise ValueError(f"offsets must run from 0 to {n}, got {int(offsets[0])}..{int(offsets[-1])}")
+    cpp_module().value_clip(
+        n, pointer(values), pointer(old_values), pointer(returns), pointer(mask), pointer(weight), pointer(offsets),
+        segments if per_sequence else 0, length, clip, delta, pointer(dvalues), pointer(sums), num_threads(),
+    )  # fmt: skip
+
+
 def segment_counts(mask: Tensor, offsets: Tensor | None, segments: int, length: int, out: Tensor) -> None:
     """How many tokens of each sequence the mask (n,) bool counts, into out (segments,) int64.
 

@@ -11,10 +11,11 @@ import doctest
 import importlib
 import math
 import random
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from _budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -469,6 +470,53 @@ def test_value_loss_micro_batches_add_up_and_padding_does_not_matter(aggregation
     cu = torch.tensor([0, *mask.sum(1).cumsum(0).tolist()])
     packed = value_loss(v[mask], old[mask], r[mask], cu_seqlens=cu, **options).loss
     torch.testing.assert_close(packed, whole)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("options", [{}, {"kind": "huber", "huber_delta": 0.3}, {"clip": None}], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 0, 33, 1, 700), (40_000,), (0,)], ids=str)
+def test_value_loss_in_one_pass(lengths, options, aggregation, isa):
+    before = cpp_module().isa()
+    try:
+        cpp_module().use_isa(isa)
+    except ValueError:
+        pytest.skip(f"no {isa} here")
+    try:
+        n = sum(lengths)
+        g = torch.Generator().manual_seed(n)
+        v, old, r = (torch.randn(n, generator=g) for _ in range(3))
+        old, r = v + 0.3 * old, v + 0.5 * r
+        mask = torch.rand(n, generator=g) < 0.8
+        cu = torch.tensor([0, *accumulate(lengths)])
+        results = []
+        for backend, dtype in (("cpp", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+            leaf = v.to(dtype).requires_grad_()
+            with use_backend(backend):
+                out = value_loss(leaf, old.to(dtype), r.to(dtype), mask=mask, cu_seqlens=cu, aggregation=aggregation,
+                                 **options)  # fmt: skip
+            results.append((out.loss, torch.autograd.grad(out.loss, leaf)[0] * n, *out.metrics.values()))
+        for ours, naive, exact in zip(*results, strict=True):
+            assert ours.shape == exact.shape
+            if exact.numel():
+                assert_within_budget(ours, naive, exact, torch.float32)
+    finally:
+        cpp_module().use_isa(before)
+
+
+def test_the_gradient_of_the_value_loss_is_the_callers_own_and_has_a_derivative():
+    v = torch.randn(4, 9, requires_grad=True)
+    old, r = v.detach() + 0.3 * torch.randn(4, 9), torch.randn(4, 9)
+    loss = value_loss(v, old, r).loss
+    (want,) = torch.autograd.grad(loss, v, retain_graph=True)
+    want = want.clone()
+    for k in (1, 2, 3):
+        (2 * loss).backward(retain_graph=True)
+        torch.testing.assert_close(v.grad, 2 * k * want)
+    (grad,) = torch.autograd.grad(loss, v, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), v)
+    torch.testing.assert_close(second, (want != 0) / 36)
 
 
 def test_value_loss_all_masked_and_gradcheck():

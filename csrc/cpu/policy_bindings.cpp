@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "policy.h"
+#include "value.h"
 
 namespace py = pybind11;
 
@@ -58,6 +59,17 @@ void policy_clip(int64_t n, int form, int level, uintptr_t logprob, uintptr_t ol
 void bind_policy(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("policy_clip", &policy_clip, release);
+  m.def(
+      "value_clip",
+      [](int64_t n, uintptr_t values, uintptr_t old_values, uintptr_t returns, uintptr_t mask, uintptr_t weight,
+         uintptr_t offsets, int64_t segments, int64_t length, double clip, double delta, uintptr_t dvalues,
+         uintptr_t sums, int threads) {
+        rlhf::value_clip({n, as<const float>(values), as<const float>(old_values), as<const float>(returns),
+                          as<const uint8_t>(mask), as<const float>(weight), as<const int64_t>(offsets), segments,
+                          length, float(clip), float(delta), as<float>(dvalues), as<float>(sums)},
+                         threads);
+      },
+      release);
   m.def(
       "kl_terms",
       [](int64_t n, uintptr_t logprob, uintptr_t ref_logprob, uintptr_t mask, int estimator, int gradient,

@@ -8,7 +8,7 @@
 namespace rlhf {
 namespace {
 
-constexpr int kInner = 16, kOuter = 16;  // vectors in a float sum, such sums in a float sum of sums
+constexpr int kOuter = 16;  // float sums in a float sum of sums
 
 bool per_segment(const PolicyClip& a, const Spread& s) { return s.data && s.count != a.n && s.count != 1; }
 
@@ -140,19 +140,6 @@ inline Tally run(const PolicyClip& a, const Constants& given, int64_t i, int ste
   }
   if (!(kRef || kMore)) t.floats[kLossSum] = t.floats[kPolicySum];
   return t;
-}
-
-// body(first token, vectors, lanes that are there, how to load them) for tokens [begin, end).
-template <class Body>
-inline void in_vectors(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  while (i + kLanes <= end) {
-    const int steps = static_cast<int>(std::min<int64_t>((end - i) / kLanes, kInner));
-    body(i, steps, first_lanes(kLanes), Whole{});
-    i += int64_t{steps} * kLanes;
-  }
-  const Part part{static_cast<int>(end - i)};
-  if (i < end) body(i, 1, part.present(), part);
 }
 
 void clear(double* sums) {

@@ -1,7 +1,8 @@
-// What the policy pass is written with: comparisons, loads of whole and broken vectors, exp with its neighbours,
+// What the passes over tokens are written with: comparisons, loads of whole and broken vectors, exp with its neighbours,
 // KL estimates, and sums by lane. Compiled once per instruction set, as row_pass_vec.h.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "policy.h"
@@ -95,6 +96,21 @@ struct Part {
   }
   Mask present() const { return first_lanes(some); }
 };
+
+constexpr int kInner = 16;  // vectors in a float sum
+
+// body(first token, vectors, lanes that are there, how to load them) for tokens [begin, end).
+template <class Body>
+inline void in_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  while (i + kLanes <= end) {
+    const int steps = static_cast<int>(std::min<int64_t>((end - i) / kLanes, kInner));
+    body(i, steps, first_lanes(kLanes), Whole{});
+    i += int64_t{steps} * kLanes;
+  }
+  const Part part{static_cast<int>(end - i)};
+  if (i < end) body(i, 1, part.present(), part);
+}
 
 // exp(x), exp(x) - 1 and exp(x) - 1 - x for kLowest <= x <= 88, or NaN. Where the power of two is 1, the remainder r
 // of exp_parts is x itself, and what it has beyond 1 + r is there without a difference.

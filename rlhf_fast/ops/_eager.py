@@ -1,4 +1,4 @@
-"""Whether a call may go past torch's dispatcher."""
+"""Calls past torch's dispatcher, and gradients that were formed in the forward."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def plain(*tensors: Tensor | None) -> bool:
         and _get_current_dispatch_mode() is None
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def last_walk(grad: Tensor) -> bool:
+    """Whether the backward pass under way is the last over its graph: what the forward has stored may be used up."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return type(grad) is Tensor and not (torch.is_grad_enabled() or keeps_graph())
+
+
+def handed_over(grad: Tensor, stored: Tensor) -> Tensor:
+    """grad () * stored in the memory of `stored`: fresh pages cost more than the pass itself."""
+    if grad.is_cuda or grad.item() != 1.0:
+        stored.mul_(grad)
+    return stored

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _backend, _backend_policy, _checks
-from rlhf_fast.ops._eager import plain
+from rlhf_fast.ops._eager import handed_over, last_walk, plain
 from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._policy_terms import SUMS, ClipTerms, Form, stat_dtype
 from rlhf_fast.ops._policy_torch import blocked_torch_clip, ratio_range, torch_clip
@@ -199,7 +199,7 @@ def _backward(ctx, grad_loss, *_):
 def _gradients(ctx, grad_loss: Tensor, by_logprob: bool, by_entropy: bool) -> tuple[Tensor | None, Tensor | None]:
     logprob, entropy = ctx.saved_tensors  # raises if the graph is gone
     dlogprob, dentropy = ctx.stored
-    last = type(grad_loss) is Tensor and not (torch.is_grad_enabled() or _keeps_graph())
+    last = last_walk(grad_loss)
     if last:
         ctx.stored = None
     return (
@@ -208,19 +208,11 @@ def _gradients(ctx, grad_loss: Tensor, by_logprob: bool, by_entropy: bool) -> tu
     )
 
 
-def _keeps_graph() -> bool:
-    """Whether the backward pass under way leaves the graph for another one."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
-
-
 def _upstream(grad: Tensor, stored: Tensor, like: Tensor, last: bool) -> Tensor:
     """grad * stored; in the same memory if nobody will ask again: fresh pages cost more than the pass itself."""
     if not last:
         return torch.ops.rlhf_fast.policy_clip_scale(grad, stored, like)
-    if grad.is_cuda or grad.item() != 1.0:
-        stored.mul_(grad)
-    return stored.to(like.dtype)
+    return handed_over(grad, stored).to(like.dtype)
 
 
 policy_clip.register_autograd(_backward, setup_context=_setup_context)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from rlhf_fast import _checks
+from rlhf_fast import _backend, _backend_policy, _checks
+from rlhf_fast.ops._eager import handed_over, last_walk, plain
+from rlhf_fast.ops._memory import huge
 from rlhf_fast.ops._sequences import Layout, layout, work_dtype
+from rlhf_fast.ops.policy import segment_counts
 from rlhf_fast.types import ValueLoss
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
@@ -66,54 +72,126 @@ def value_loss(
     if clip is not None:
         _checks.check_positive("clip", clip)
     _checks.check_positive("huber_delta", huber_delta)
-    dtype = work_dtype(values)
+    if aggregation == "fixed_length" and max_length is None:
+        raise ValueError("max_length must be > 0 for aggregation fixed_length, got None")
+    if max_length is not None:
+        _checks.check_int("max_length", max_length, least=1)
+    width = clip if clip is not None and old_values is not None else None
+    delta = huber_delta if kind == "huber" else math.inf
+    call = _Call(old_values, returns, place, width, delta, aggregation, max_length, normalizer)
+    in_one_pass = values.is_cpu and work_dtype(values) == torch.float32 and plain(values)
+    if in_one_pass and _backend.backend("cpu", "policy_loss") == "cpp":
+        loss, sums = _ValuePass.apply(values, call)
+        _, clipped, value, target, error, _ = (sums / sums[5].clamp(min=1)).unbind()
+        metrics = {"clip_fraction": clipped, "value_mean": value, "return_mean": target, "error": error}
+        return ValueLoss(loss, metrics)
+    return _composed(values, call)
+
+
+class _Call(NamedTuple):
+    """What a call brings beside the values. clip None: no clipping. delta inf: squares everywhere."""
+
+    old_values: Tensor | None
+    returns: Tensor
+    place: Layout
+    clip: float | None
+    delta: float
+    aggregation: str
+    max_length: int | None
+    normalizer: float | Tensor | None
+
+
+class _ValuePass(torch.autograd.Function):
+    """Loss, gradient and sums by the C++ kernel, in eager mode. Where the gradient itself is differentiated, torch
+    forms it."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        flat = [None if t is None else t.detach().float().reshape(-1).contiguous()
+                for t in (values, call.old_values if call.clip is not None else None, call.returns)]  # fmt: skip
+        place = call.place
+        weight = _weight(call, _counts(place, values.device)).float().reshape(-1)
+        ctx.dvalues, sums = huge(torch.empty(values.numel())), torch.empty(6)
+        _backend_policy.value_clip(
+            *flat, place.mask, weight, place.offsets, place.batch, place.length,
+            clip=call.clip or 0.0, delta=call.delta, dvalues=ctx.dvalues, sums=sums,
+        )  # fmt: skip
+        ctx.call = call
+        ctx.save_for_backward(values)
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone(), sums
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (values,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.autograd.grad(_composed(values, ctx.call).loss, values, grad, create_graph=True)[0], None
+        stored = ctx.dvalues
+        if last_walk(grad):
+            ctx.dvalues = None
+            stored = handed_over(grad, stored)
+        else:
+            stored = grad * stored
+        return stored.reshape(values.shape).to(values.dtype), None
+
+
+def _composed(values: Tensor, call: _Call) -> ValueLoss:
+    """The same in torch."""
+    dtype, place = work_dtype(values), call.place
 
     def counted(tensor: Tensor) -> Tensor:
         tensor = tensor.to(dtype).reshape(-1)
         return tensor if place.mask is None else tensor.masked_fill(~place.mask, 0.0)
 
-    v, r = counted(values), counted(returns.detach())
-    loss = _penalty(v - r, kind, huber_delta)
+    v, r = counted(values), counted(call.returns.detach())
+    loss = _penalty(v - r, call.delta)
     clipped = torch.zeros_like(v)
-    if clip is not None and old_values is not None:
-        old = counted(old_values.detach())
+    if call.clip is not None:
+        old = counted(call.old_values.detach())
         # The second branch is larger only where V was clipped, and there it does not depend on V.
-        bounded = _penalty(v.detach().clamp(old - clip, old + clip) - r, kind, huber_delta)
+        bounded = _penalty(v.detach().clamp(old - call.clip, old + call.clip) - r, call.delta)
         clipped = (bounded > loss.detach()).to(dtype)
         loss = torch.where(bounded > loss.detach(), bounded, loss)
-    weight = _aggregation_weight(place, aggregation, max_length, normalizer, v)
-    share = _aggregation_weight(place, "token_mean", None, None, v.detach())
+    counts = _counts(place, v.device)
+    factor = _weight(call, counts).to(dtype)
+    if factor.dim():
+        factor = factor[place.segment_ids(v.device)]
+    valid = torch.ones_like(v) if place.mask is None else place.mask.to(dtype)
+    share = valid / counts.sum().clamp(min=1)
     metrics = {
         "clip_fraction": (share * clipped).sum(),
         "value_mean": (share * v.detach()).sum(),
         "return_mean": (share * r).sum(),
         "error": (share * (v.detach() - r).abs()).sum(),
     }
-    return ValueLoss((weight * loss).sum(), metrics)
+    return ValueLoss((valid * factor * loss).sum(), metrics)
 
 
-def _penalty(error: Tensor, kind: str, delta: float) -> Tensor:
-    if kind == "mse":
+def _penalty(error: Tensor, delta: float) -> Tensor:
+    if delta == math.inf:
         return 0.5 * error.square()
     size = error.abs()
     return torch.where(size <= delta, 0.5 * error.square(), delta * (size - 0.5 * delta))
 
 
-def _aggregation_weight(
-    place: Layout, aggregation: str, max_length: int | None, normalizer: float | Tensor | None, like: Tensor
-) -> Tensor:
-    """(N,) weights w: loss = sum_t w_t l_t."""
-    valid = torch.ones_like(like) if place.mask is None else place.mask.to(like.dtype)
-    if aggregation == "token_mean":
-        return valid / (valid.sum().clamp(min=1) if normalizer is None else normalizer)
+def _counts(place: Layout, device: torch.device) -> Tensor:
+    """(B,) int64: the tokens of each sequence that count."""
+    if place.mask is not None:
+        return segment_counts(place.mask, place.offsets, place.batch, place.length)
+    if place.offsets is not None:
+        return place.offsets.diff()
+    return torch.full((place.batch,), place.length, dtype=torch.int64, device=device)
+
+
+def _weight(call: _Call, counts: Tensor) -> Tensor:
+    """() or (B,) float64: the weight of a token that counts, or of those of each sequence."""
+    normalizer = call.normalizer
     if normalizer is None:
-        normalizer = max(place.batch, 1)
-    if aggregation == "seq_mean_token_mean":
-        segment = place.segment_ids(like.device)
-        lengths = like.new_zeros(place.batch).index_add(0, segment, valid).clamp(min=1)
-        return valid / (lengths[segment] * normalizer)
-    if aggregation == "seq_mean_token_sum":
-        return valid / normalizer
-    if max_length is None:
-        raise ValueError("max_length must be > 0 for aggregation fixed_length, got None")
-    return valid / (_checks.check_int("max_length", max_length, least=1) * normalizer)
+        normalizer = counts.sum().clamp(min=1) if call.aggregation == "token_mean" else max(call.place.batch, 1)
+    elif isinstance(normalizer, Tensor):
+        normalizer = normalizer.double()
+    if call.aggregation == "fixed_length":
+        normalizer = call.max_length * normalizer
+    if call.aggregation == "seq_mean_token_mean":
+        return 1.0 / (counts.clamp(min=1).double() * normalizer)
+    return torch.ones((), dtype=torch.float64, device=counts.device) / normalizer
