@@ -9,8 +9,8 @@ and a short table come last. Uses what is installed; nothing is downloaded. Peer
 with the reason.
 
 The order: build, doctor; the two rows that the design's table names first; every op at small shapes against fp64;
-the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); a GRPO
-run and a DPO step end to end; the other rows.
+the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); GRPO and
+PPO runs and a DPO step end to end; the other rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ RESERVE = 12.0
 """Seconds kept for the last table."""
 
 DOCTOR = "import sys; from rlhf_fast.cli.main import app; sys.argv[1:] = ['doctor']; app()"
-ROLLOUTS = 24
+RUNS = {"grpo": dict(rollouts=24), "ppo": dict(steps=6)}
+REHEARSED = {"grpo": dict(rollouts=1), "ppo": dict(steps=1)}
 
 # op, shape, dtype, share of zero advantages, share of masked tokens
 FIRST = [
@@ -118,7 +119,7 @@ def _visit(output: Path, device: str, rehearse: bool, seconds: float, build: boo
     tests = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--no-header", "--continue-on-collection-errors"]
     stage("tests", [*tests, "--on-device", *chosen], 120)
     cases([BROKEN] if rehearse else TELLING)
-    for trainer in ("grpo", "dpo"):
+    for trainer in ("grpo", "ppo", "dpo"):
         stage(f"trainer {trainer}", [*this, "--trainer", trainer], 75)
     cases([] if rehearse else REST)
     return _finish(output, device, stages)
@@ -185,12 +186,14 @@ def _save(output: Path, rows: list) -> int:
 
 
 def _trainer(output: Path, device: str, name: str, rehearse: bool) -> int:
-    """A short run end to end on the device; its numbers go to trainer-NAME.json."""
-    if name == "grpo":
-        from rlhf_fast.cli.demos.grpo import demo
+    """A short run end to end on the device, its SFT on the CPU; its numbers go to trainer-NAME.json."""
+    if name in RUNS:
+        from rlhf_fast.cli.demos import load_demo
 
+        overrides = {} if device == "cpu" else {"use_cpu": False, "bf16": True}
         with tempfile.TemporaryDirectory() as folder:
-            found = demo(folder, rollouts=1 if rehearse else ROLLOUTS, quiet=True)
+            run = (REHEARSED if rehearse else RUNS)[name]
+            found = load_demo(name)(folder, **run, overrides=overrides, quiet=True)
     else:
         from rlhf_fast.benchmarks import dpo_step
 
@@ -203,26 +206,37 @@ def _trainer(output: Path, device: str, name: str, rehearse: bool) -> int:
 # ---- the record -------------------------------------------------------------------------------------------
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The rows that were written whole: a stage's time may be up in the middle of one."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"a row was not written whole: {line[:80]}")
+    return found
+
+
 def _finish(output: Path, device: str, stages: list[dict[str, Any]]) -> int:
     from rich.console import Console
 
     from rlhf_fast.benchmarks import report
     from rlhf_fast.benchmarks.suite import Row
 
-    lines = (output / "rows.jsonl").read_text().splitlines() if (output / "rows.jsonl").exists() else []
-    rows = [Row(**json.loads(line)) for line in lines]
+    rows = [Row(**row) for row in _lines(output / "rows.jsonl")]
+    large = [row for row in rows if not (row.shape.startswith(("tiny", "small")) and device == "cuda")]
     info = report.environment(device)
     trainers = {path.stem: json.loads(path.read_text()) for path in output.glob("trainer-*.json")}
     try:
-        report.save(output, "visit", info, rows, {"stages": stages, **trainers})
+        report.save(output, "visit", info, rows, {"stages": stages, **trainers}, drawn=large)
     except Exception as error:  # the plot comes last, and JSON and CSV are there
         print(f"not all of visit.* was written: {type(error).__name__}: {error}")
     console = Console(width=140)
     console.print(report.hardware_line(info))
     for row in rows:  # short: what a terminal's last lines can hold
         best = row.ratio is not None and row.ratio < 1 and row.provider != "limit"
-        small = row.shape.startswith(("tiny", "small")) and device == "cuda"
-        if row.status in ("wrong", "failed") or not small and (row.provider in ("limit", "rlhf_fast") or best):
+        told = row in large and (row.provider in ("limit", "rlhf_fast") or best)
+        if row.status in ("wrong", "failed") or told:
             ms = "" if row.ms is None else f"{row.ms:9.3f} ms {row.x_limit:6.2f} x limit {row.extra_mb or 0:8.0f} MB"
             console.print(f"{row.case:52} {row.provider:14} {ms} {row.status} {row.reason}")
     for name, found in trainers.items():

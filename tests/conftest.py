@@ -8,7 +8,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
+if ON_GPU:  # for this process: those that tests start, ranks above all, run as on a machine without one
+    torch.cuda.init()
+    torch.cuda.device_count()  # is remembered from now on
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import pytest  # noqa: E402

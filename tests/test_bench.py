@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_interleaved_takes_turns(monkeypatch):
 def test_the_slow_get_fewer_rounds_and_the_slowest_one_call(monkeypatch):
     calls = []
     seconds = {"fast": 0.5, "slow": 2.0, "slowest": 9.0}
-    monkeypatch.setattr(measure, "once", lambda fn, device, repeat=1: fn())
+    monkeypatch.setattr(measure, "once", lambda fn, device, repeat=1, ahead=0.0: fn())
     timed = {name: (lambda n=name, s=s: calls.append(n) or s) for name, s in seconds.items()}
     timings = measure.interleaved(timed, "cpu", 5, budget=8.0)
     assert {name: len(t.rounds) for name, t in timings.items()} == {"fast": 5, "slow": 2, "slowest": 1}
@@ -255,9 +256,82 @@ def test_dtypes_without_units_are_left_to_those_who_can(monkeypatch):
 
 def test_race_gives_close_ones_more_rounds(monkeypatch):
     seconds = {"limit": 1.0, "fast": 2.0, "close": 3.0, "slow": 9.0}
-    monkeypatch.setattr(measure, "once", lambda fn, device, repeat=1: fn())
+    monkeypatch.setattr(measure, "once", lambda fn, device, repeat=1, ahead=0.0: fn())
     timings = measure.race({name: (lambda s=s: s) for name, s in seconds.items()}, "cpu", 2, "limit")
     assert {name: len(t.rounds) for name, t in timings.items()} == {"limit": 2, "fast": 2, "close": 2, "slow": 1}
+
+
+def test_the_host_of_a_gpu_is_let_ahead(monkeypatch):
+    """Short calls are queued behind a sleep that lasts longer than queueing them; long ones wait for nothing."""
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 0.1  # ms
+
+    monkeypatch.setattr(measure.torch.cuda, "Event", Event)
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure.torch.cuda, "_sleep", lambda cycles: events.append(cycles))
+    measure.interleaved({"short": lambda: events.append("call")}, "cuda", rounds=1)
+    first, sample = events[:3], events[3:]
+    assert first == ["record", "call", "record"]  # how long is one?
+    assert sample[0] == "call"  # not timed
+    assert sample[1] >= measure.QUEUED * 1e-4 * measure.CYCLES
+    assert sample[2:] == ["record", *["call"] * measure.QUEUED, "record"]
+
+
+def test_a_case_whose_time_is_up_gives_up_who_is_not_ready(monkeypatch):
+    """A compilation that takes too long leaves a row, and the others are measured."""
+
+    def slow(case, x):
+        time.sleep(30)
+
+    providers = {name: suite.PROVIDERS[name] for name in ("rlhf_fast", "torch")}
+    late = suite.Provider("late", "compiles for ever", {"logprob": slow})
+    monkeypatch.setattr(suite, "PROVIDERS", providers | {"late": late})
+    start = time.perf_counter()
+    options = suite.Options(("rlhf_fast", "late", "torch"), 1, warmup=1, memory=False, seconds=4.0)
+    rows = {r.provider: r for r in suite.run([cases.Case("logprob", cases.SHAPES["tiny"], "fp32")], options)}
+    assert time.perf_counter() - start < 25
+    assert rows["rlhf_fast"].status == "ok"
+    assert rows["rlhf_fast"].ms > 0
+    assert (rows["late"].status, rows["late"].reason) == ("skipped", "not ready within 4 s")
+    assert (rows["torch"].status, rows["torch"].reason) == ("skipped", "not begun within 4 s")
+
+
+def test_who_fails_in_the_race_leaves_it(monkeypatch):
+    """Right when it was checked, out of memory beside the others' buffers."""
+    calls = []
+
+    def build(case, x):
+        right = suite.PROVIDERS["torch"].ops["logprob"](case, x)
+
+        def step():
+            calls.append("call")
+            if len(calls) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return right()
+
+        return step
+
+    full = suite.Provider("full", "holds on to memory", {"logprob": build})
+    monkeypatch.setattr(suite, "PROVIDERS", suite.PROVIDERS | {"full": full})
+    options = suite.Options(("full", "rlhf_fast"), 2, warmup=1, memory=True)
+    rows = {r.provider: r for r in suite.run([cases.Case("logprob", cases.SHAPES["tiny"], "fp32")], options)}
+    assert (rows["full"].status, rows["full"].reason) == ("failed", "OutOfMemoryError: CUDA out of memory")
+    assert rows["full"].ms is None
+    assert rows["rlhf_fast"].status == "ok"
+    assert rows["rlhf_fast"].x_limit > 0
+    assert len(calls) == 2
 
 
 def test_shapes_are_parsed():

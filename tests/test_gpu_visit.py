@@ -31,11 +31,12 @@ def test_rehearsal(tmp_path):
     broken = [name for name in status if "nothing" in name]
     assert [status.pop(name) for name in broken] == ["exit status 1"]
     assert set(status.values()) == {"ok"}, (status, (tmp_path / "visit.log").read_text()[-4000:])
-    assert len(status) == 6
+    assert len(status) == 7
     ours = [row for row in record["rows"] if row["provider"] == "rlhf_fast"]
     assert {row["op"] for row in ours} == set(OPS)
     assert all(row["status"] in ("ok", "loose") for row in ours)
     assert record["trainer-grpo"]["steps"] == 2
+    assert record["trainer-ppo"]["steps"] == 1
     assert record["trainer-dpo"]["rlhf_fast"]["step_seconds"] > 0
     assert f"{len(ours)} of {len(ours)} of our rows right" in done.stdout
 

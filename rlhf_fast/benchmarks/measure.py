@@ -18,6 +18,12 @@ from rlhf_fast.benchmarks.token_inputs import TokenInputs
 SAMPLE_SECONDS = 0.01
 """A sample repeats the call until it lasts about this long: small cases must not measure the clock."""
 
+QUEUED = 32
+"""Calls of a sample on a GPU, at most: what they launch must fit in the queue (1024 kernels)."""
+
+CYCLES = 2e9
+"""Of a GPU, per second: a head start need not be exact."""
+
 LIMIT_ROWS_BYTES = 2 << 30
 CLOSE = 2.0
 SLOW = 4.0
@@ -38,10 +44,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def once(fn: Callable[[], object], device: str, repeat: int = 1) -> float:
-    """Seconds of one call, averaged over `repeat`."""
+def once(fn: Callable[[], object], device: str, repeat: int = 1, ahead: float = 0.0) -> float:
+    """Seconds of one call, averaged over `repeat`.
+
+    On a GPU the host is let `ahead` by so many seconds: calls that do not wait for the device are then queued when it
+    begins, as in a training step, and its time is measured rather than Python's.
+    """
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(int(ahead * CYCLES))
         start.record()
         for _ in range(repeat):
             fn()
@@ -64,21 +76,22 @@ def interleaved(
     A call whose `rounds` would take more than `budget` seconds gets fewer; one that takes so long by itself, one. With
     0 rounds each is called once.
     """
-    repeat, turns, samples = {}, {}, {}
+    repeat, ahead, turns, samples = {}, {}, {}, {}
     for name, fn in calls.items():  # the callers have warmed up
         synchronize(device)
         first = once(fn, device)
-        repeat[name] = max(1, min(1000, int(SAMPLE_SECONDS / max(first, 1e-7))))
+        repeat[name] = max(1, min(QUEUED if device == "cuda" else 1000, int(SAMPLE_SECONDS / max(first, 1e-7))))
+        ahead[name] = 1.5 * first * repeat[name] if repeat[name] > 1 else 0.0
         turns[name] = int(min(rounds, budget / max(first * (1 + repeat[name]), 1e-7)))
         again = repeat[name] > 1 and not turns[name]
-        samples[name] = [] if turns[name] else [once(fn, device, repeat[name]) if again else first]
+        samples[name] = [] if turns[name] else [once(fn, device, repeat[name], ahead[name]) if again else first]
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             if i < turns[name]:
                 calls[name]()
                 synchronize(device)
-                samples[name].append(once(calls[name], device, repeat[name]))
+                samples[name].append(once(calls[name], device, repeat[name], ahead[name]))
     return {name: Timing(median(s), min(s), s) for name, s in samples.items()}
 
 

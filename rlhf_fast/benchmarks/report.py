@@ -138,8 +138,16 @@ def _n(value: float | None) -> str:
 # ---- files ------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, name: str, info: dict[str, Any], rows: Sequence[Row], extra: dict[str, Any]) -> list[Path]:
-    """`name`.json and .csv, and .png where matplotlib is installed. Returns what was written."""
+def save(
+    folder: Path,
+    name: str,
+    info: dict[str, Any],
+    rows: Sequence[Row],
+    extra: dict[str, Any],
+    drawn: Sequence[Row] | None = None,
+) -> list[Path]:
+    """`name`.json and .csv, and .png where matplotlib is installed, of the rows `drawn` (None: all). Returns what was
+    written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}.json", folder / f"{name}.csv"]
     document = {"schema": SCHEMA, **info, **extra, "rows": [row.asdict() for row in rows]}
@@ -150,7 +158,8 @@ def save(folder: Path, name: str, info: dict[str, Any], rows: Sequence[Row], ext
         writer.writeheader()
         writer.writerows(row.asdict() for row in rows)
     picture = folder / f"{name}.png"
-    if any(row.ms is not None for row in rows) and _plot(picture, hardware_line(info), rows):
+    drawn = rows if drawn is None else drawn
+    if any(row.ms is not None for row in drawn) and _plot(picture, hardware_line(info), drawn):
         written.append(picture)
     return written
 

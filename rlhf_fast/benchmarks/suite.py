@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -84,7 +87,7 @@ class Options:
     """How a run is done.
 
     `budget`: seconds that a provider may take for its rounds of a case; the slow get fewer, the slowest one call.
-    `seconds`: of a case, after which no further provider is begun.
+    `seconds`: of a case, after which no further provider is begun, and one that is not ready is given up.
     `memory` False leaves the column empty; `fresh` takes a process a provider on the CPU, for the first call's too.
     """
 
@@ -119,13 +122,14 @@ def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -
         if time.perf_counter() > end:
             row.status, row.reason = "skipped", f"not begun within {options.seconds:.0f} s"
             continue
-        step = _checked(provider, case, x, truth, naive, row, options.warmup)
+        with _until(end, f"not ready within {options.seconds:.0f} s"):
+            step = _checked(provider, case, x, truth, naive, row, options.warmup)
         if step is not None:
             steps[name] = step
     notify(f"{case.label}: {len(steps)} providers timed, up to {options.rounds} rounds")
     calls = {LIMIT: limit(case, x), **steps}
     calls[LIMIT]()
-    timings = race(calls, case.device, options.rounds, LIMIT, options.budget)
+    timings = _race(calls, case, options, rows)
     floor = timings.pop(LIMIT)
     share = limit_share(case)
     floor = Timing(floor.median * share, floor.best * share, [s * share for s in floor.rounds])
@@ -138,6 +142,51 @@ def run_case(case: Case, options: Options, notify: Notify = lambda text: None) -
     if options.memory:
         _memory(rows, steps, case, options.fresh, notify)
     return rows
+
+
+@contextmanager
+def _until(end: float, reason: str) -> Iterator[None]:
+    """Raise Unavailable inside once the clock has passed `end`: a compilation must not cost the others their rows.
+    Nothing where Python has no alarm for it: off the main thread, on Windows."""
+    alarm = getattr(signal, "setitimer", None)
+    if alarm is None or math.isinf(end) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Unavailable(reason)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    alarm(signal.ITIMER_REAL, max(end - time.perf_counter(), 1e-3))
+    try:
+        yield
+    finally:
+        alarm(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _race(calls: dict[str, Step], case: Case, options: Options, rows: list[Row]) -> dict[str, Timing]:
+    """Timings. Whoever fails only now, of memory that the others hold, say, leaves the race and a row that says so."""
+    row_of = {row.provider: row for row in rows}
+
+    def watched(name: str, step: Step) -> Step:
+        def call() -> dict[str, torch.Tensor]:
+            try:
+                return step()
+            except Exception as error:
+                row_of[name].status, row_of[name].reason = "failed", _brief(error)
+                raise
+
+        return call
+
+    while True:
+        running = {name: step for name, step in calls.items() if name == LIMIT or row_of[name].status != "failed"}
+        try:
+            racing = {name: step if name == LIMIT else watched(name, step) for name, step in running.items()}
+            return race(racing, case.device, options.rounds, LIMIT, options.budget)
+        except Exception:
+            if all(row_of[name].status != "failed" for name in running if name != LIMIT):
+                raise
 
 
 def run(cases: Iterable[Case], options: Options, notify: Notify = lambda text: None) -> list[Row]:
@@ -217,7 +266,7 @@ def _timed(row: Row, case: Case, timing: Timing, floor: Timing, ours: Timing | N
 
 def _memory(rows: list[Row], steps: dict[str, Step], case: Case, fresh: bool, notify: Notify) -> None:
     for row in rows:
-        if row.provider not in steps:
+        if row.provider not in steps or row.status == "failed":
             continue
         notify(f"{case.label}: {row.provider}, memory")
         try:

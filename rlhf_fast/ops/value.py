@@ -50,8 +50,8 @@ def gae(
     Raises: ValueError naming the tensor, what was expected and what came.
     Source: Schulman et al. 2016 (arXiv:1506.02438), eq. 16. "carry" is verl's treatment of observation tokens, "zero"
         OpenRLHF's; both write non-zero advantages at masked positions, which are 0 here.
-    Notes: fp64 accumulation on the CPU, fp32 on the GPU. On the GPU cu_seqlens is not validated (that would wait for
-        the device); offsets that do not rise from 0 to N give wrong numbers, never a wrong access.
+    Notes: fp64 accumulation. On the GPU cu_seqlens is not validated (that would wait for the device); offsets that do
+        not rise from 0 to N give wrong numbers, never a wrong access.
     Example:
         >>> rewards, values = torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0]), torch.zeros(5)
         >>> gae(rewards, values, lam=1.0, cu_seqlens=torch.tensor([0, 3, 5])).returns
