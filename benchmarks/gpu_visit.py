@@ -9,8 +9,8 @@ and a short table come last. Uses what is installed; nothing is downloaded. Peer
 with the reason.
 
 The order: build, doctor; the two rows that the design's table names first; every op at small shapes against fp64;
-the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); GRPO and
-PPO runs and a DPO step end to end; the other rows.
+the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); GRPO,
+PPO and a DPO step end to end; the other rows.
 """
 
 from __future__ import annotations
