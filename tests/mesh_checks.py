@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import itertools
+import runpy
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -117,3 +120,16 @@ def split_sequences_with_losses_of_sequences(group):
     for got, want in ((loss.detach(), whole.detach()), (h.grad, all_h.grad[mine]), (w.grad, all_w.grad)):
         torch.testing.assert_close(got, want)
     assert all_h.grad.abs().sum() > 0
+
+
+@check(4)
+def the_example_learns(group):
+    """`examples/mesh.py` as it stands: from log 12 to less than half of it, the same loss on every rank."""
+    examples = Path(__file__).resolve().parent.parent / "examples"
+    sys.path.insert(0, str(examples))
+    losses = torch.tensor(runpy.run_path(str(examples / "mesh.py"))["main"](40))
+    every = [torch.empty_like(losses) for _ in range(group.size())]
+    dist.all_gather(every, losses)
+    assert all(torch.equal(other, losses) for other in every)
+    assert losses[0] > 2.3
+    assert losses[-5:].mean() < 1.2
