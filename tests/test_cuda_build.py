@@ -3,6 +3,7 @@ tested through the C++ emulation of their order of work (test_value.py) and on a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,23 +59,42 @@ def test_compiles_without_spills(source, tmp_path):
         assert use["shared"] <= 48 * 1024, (name, arch)
 
 
-def configure(folder: Path) -> subprocess.CompletedProcess:
+def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """CMake over the copy of the sources in `folder`."""
     pybind11 = pytest.importorskip("pybind11")
     cmake = shutil.which("cmake") or pytest.skip("no cmake")
     command = [cmake, "-S", str(folder), "-B", str(folder / "b"), f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert list((folder / "b").rglob("_C.dir"))
     return done
 
 
+def copy_sources(folder: Path) -> None:
+    for name in ("csrc", "cmake"):
+        shutil.copytree(SOURCES[0].parents[2] / name, folder / name)
+    shutil.copy(SOURCES[0].parents[2] / "CMakeLists.txt", folder)
+
+
+@needs_nvcc
+def test_nvcc_need_not_be_on_path(tmp_path):
+    """A toolkit that only CUDA_HOME knows of, as on many a GPU machine."""
+    copy_sources(tmp_path)
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/sh\nexec {shutil.which("nvcc")} "$@"\n')
+    nvcc.chmod(0o755)
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
+    done = configure(tmp_path, PATH=path, CUDA_HOME=str(tmp_path / "toolkit"), RLHF_FAST_CUDA="on")
+    assert list((tmp_path / "b").rglob("_cuda.dir")), done.stdout + done.stderr
+    assert str(nvcc) in (tmp_path / "b" / "CMakeCache.txt").read_text()
+
+
 @needs_nvcc
 def test_broken_sources_cost_the_cuda_module_alone(tmp_path):
     """RLHF_FAST_CUDA=auto: without `_cuda` the build goes on, and `_C` knows why (`rlhf-fast doctor` shows it)."""
-    for name in ("csrc", "cmake"):
-        shutil.copytree(SOURCES[0].parents[2] / name, tmp_path / name)
-    shutil.copy(SOURCES[0].parents[2] / "CMakeLists.txt", tmp_path)
+    copy_sources(tmp_path)
     done = configure(tmp_path)
     assert list((tmp_path / "b").rglob("_cuda.dir")), done.stdout + done.stderr
     with open(tmp_path / "csrc" / "cuda" / SOURCES[0].name, "a") as file:
