@@ -113,6 +113,14 @@ def test_groups(by, device):
     assert not ours[(ids[order] == 1) | (order == 5)].any()
 
 
+def test_tokens_of_no_sequence_are_refused(device):
+    """Without a look at the device: its kernels would read an offset that is not there."""
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to N=3, got a single offset"):
+        gae(torch.ones(3, device=device), torch.ones(3, device=device), cu_seqlens=none)
+    assert gae(torch.ones(0, device=device), torch.ones(0, device=device), cu_seqlens=none).returns.shape == (0,)
+
+
 @gpu
 def test_streams_and_graphs():
     """On the current stream, and the same bits when a graph replays it with other numbers in the same memory."""

@@ -337,14 +337,14 @@ def add_narrow(total: Tensor, narrow: Tensor) -> None:
 
 @cache
 def addmm_accumulates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of narrow inputs to an fp32 matrix in place; the first releases with
-    `out_dtype` want the matrix narrow too, and then the sum costs a pass of its own."""
+    """Whether this torch adds a product of narrow inputs to an fp32 matrix in place, and rightly; the first releases
+    with `out_dtype` want the matrix narrow too, and then the sum costs a pass of its own. One host sync, once."""
     a, sum_ = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
     try:
         torch.addmm(sum_, a, a, out_dtype=torch.float32, out=sum_)
     except RuntimeError:
         return False
-    return True
+    return bool((sum_ == 17).all())
 
 
 def compaction(live: Tensor) -> tuple[Tensor | None, int]:

@@ -58,6 +58,8 @@ def layout(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | 
         raise ValueError(
             f"cu_seqlens must be (B+1,) int32 or int64, got {_checks.shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
+    if cu_seqlens.numel() == 1 and tensor.numel():
+        raise ValueError(f"cu_seqlens must run from 0 to N={tensor.numel()}, got a single offset: no sequence")
     offsets = cu_seqlens.to(device=tensor.device, dtype=torch.int64).contiguous()
     if not torch.compiler.is_compiling():
         check_offsets(offsets, tensor.numel())
