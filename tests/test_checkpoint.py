@@ -116,6 +116,13 @@ def test_rotation_keeps_the_best_and_the_newest_and_what_is_none_of_its_own(tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
+@pytest.mark.parametrize("limit", [None, 0, -1])
+def test_no_limit_keeps_all(tmp_path, limit):
+    for step in (1, 2):
+        write(tmp_path / f"checkpoint-{step}", limit=limit)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path):
     write(tmp_path / "checkpoint-2", "old")
 

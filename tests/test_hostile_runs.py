@@ -68,10 +68,14 @@ def refused(result, *words: str) -> None:
         assert word in result.stderr
 
 
+class ModelIsLoaded(BaseException):
+    """Nobody catches it."""
+
+
 @pytest.mark.parametrize("stage", ROWS)
 def test_data_is_refused_before_the_model_loads(run, stage, monkeypatch):
     def too_early(*_, **__):
-        raise AssertionError("the model is being loaded")
+        raise ModelIsLoaded
 
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", too_early)
@@ -91,7 +95,8 @@ def test_data_is_refused_before_the_model_loads(run, stage, monkeypatch):
     refused(run(stage, [row], "overlong_prompt=keep"), "overlong_prompt must be one of drop, truncate, error")
     refused(run(stage, [row], "learning_rate=.nan"), "learning_rate must be at least 0 and finite, got nan")
     refused(run(stage, [row], "seed=-1"), "seed must be in [0, 2^32), got -1")
-    assert "is being loaded" in str(run(stage, [row]).exception)  # the rows by themselves are good
+    with pytest.raises(ModelIsLoaded):  # the rows by themselves are good
+        run(stage, [row])
 
 
 @pytest.mark.parametrize("stage", ROWS)
@@ -196,6 +201,21 @@ def test_options_that_only_a_library_can_judge(run):
         refused(run(stage, [ROWS[stage]] * 4, "report_to=bogus"), "report_to: bogus is not supported, only ")
         if importlib.util.find_spec("wandb") is None:
             refused(run(stage, [ROWS[stage]] * 4, "report_to=wandb"), "report_to: ", "requires wandb")
+
+
+def test_best_models_without_a_measure(run):
+    rows = [{**ROWS["sft"], "prompt": f"{i}>"} for i in range(4)]
+    refused(run("sft", rows, "load_best_model_at_end=true"), "load_best_model_at_end goes by evaluations")
+    best = ["load_best_model_at_end=true", "eval_steps=1", "save_steps=1", "val_size=1"]
+    words = "metric_for_best_model: the evaluation has no 'eval_bogus', it has "
+    refused(run("sft", rows, *best, "metric_for_best_model=eval_bogus"), words, "eval_loss")
+    del best[2]
+    refused(run("grpo", [ROWS["grpo"]] * 4, *best, "metric_for_best_model=bogus"), words)
+
+
+def test_a_limit_that_would_keep_no_checkpoint(run):
+    for stage in ("sft", "grpo"):
+        refused(run(stage, [ROWS[stage]] * 4, "save_total_limit=-1"), "save_total_limit must be at least 1 or null")
 
 
 @pytest.mark.parametrize("stage", ROLLOUTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast.trainers.run_log import RunLog, draw_curves, panel_of, read_log
+from rlhf_fast.trainers.run_log import CSV_NAME, LOG_NAME, RunLog, draw_curves, panel_of, read_log
 
 
 def read_csv(path):
@@ -101,6 +102,37 @@ def test_a_new_run_replaces_and_a_resumed_one_continues(tmp_path):
     assert [r["loss"] for r in read_log(tmp_path)] == [9.0]
     with pytest.raises(ValueError, match="close"):
         log.log(2, {})
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "rew', "\0" * 64, '{"step": 3}garbage', "\n\n[]\n"])
+def test_what_a_power_cut_leaves_is_read_and_mended(tmp_path, cut):
+    with RunLog(tmp_path, main=True) as log:
+        log.log(1, {"reward": 0.5})
+        log.log(2, {"reward": 0.75})
+    with open(tmp_path / LOG_NAME, "a") as file:
+        file.write(cut)
+    (tmp_path / CSV_NAME).write_text("step,sec")
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    with RunLog(tmp_path, main=True, resume_step=2) as log:
+        log.log(3, {"reward": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
+    assert [(row["step"], row["reward"]) for row in rows] == [(1, 0.5), (2, 0.75), (3, 1.0)]
+    with open(tmp_path / CSV_NAME) as file:
+        assert [row["reward"] for row in csv.DictReader(file)] == ["0.5", "0.75", "1.0"]
+
+
+def test_rows_are_readable_at_once_and_on_the_disk_after_a_save(tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr("os.fsync", lambda handle: held.append(os.fstat(handle).st_size))
+    with RunLog(tmp_path, main=True) as log:
+        log.log(1, {"reward": 0.5})
+        held.clear()
+        sizes = [(tmp_path / name).stat().st_size for name in (LOG_NAME, CSV_NAME)]
+        log.sync()
+        assert held == sizes
+        log.log(2, {"reward": 0.5})
+        held.clear()
+    assert held == [(tmp_path / name).stat().st_size for name in (LOG_NAME, CSV_NAME)]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

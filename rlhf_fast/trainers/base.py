@@ -156,6 +156,13 @@ class FusedTrainer(Trainer):
             self.optimizer = optimizer(self.parameter_groups, **options)
         return super().create_optimizer(model)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = self.args.metric_for_best_model
+        if name is not None and name.removeprefix("eval_") not in {n.removeprefix("eval_") for n in metrics}:
+            known = ", ".join(sorted(metrics))
+            raise ValueError(f"metric_for_best_model: the evaluation has no {name!r}, it has {known}")
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().create_scheduler(*args, **kwargs)

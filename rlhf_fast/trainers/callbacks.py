@@ -37,6 +37,7 @@ class RunLogCallback(TrainerCallback):
             self._draw()
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        self.run_log.sync()
         self._draw()
 
     def _draw(self) -> None:

@@ -206,7 +206,7 @@ def flush(path: Path) -> None:
 
 def prune(folder: Path, limit: int | None, best: Any = None) -> None:
     """Remove the oldest checkpoints beyond `limit`, but never the newest or the best one."""
-    if not limit:
+    if limit is None or limit < 1:
         return
     found = [path for _, path in _by_age(folder)]
     for old in found[: max(0, len(found) - limit)]:

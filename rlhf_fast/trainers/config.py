@@ -158,8 +158,9 @@ class RunConfig:
         require("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")
         require("adam_epsilon", self.adam_epsilon, 0 <= self.adam_epsilon < float("inf"), "at least 0 and finite")
         require("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0")
-        if self.max_samples is not None:
-            require("max_samples", self.max_samples, self.max_samples >= 1, "at least 1")
+        for name in ("max_samples", "save_total_limit"):
+            value = getattr(self, name)
+            require(name, value, value is None or value >= 1, "at least 1 or null")
         check_name(self.template)
         self._validate_finetuning()
         self._validate_evaluation()

@@ -259,6 +259,7 @@ class Loop:
             self._log()
         stop = self.signals.agreed(self.accelerator)
         if self.control.should_save or stop:
+            self.log.sync()
             self.snapshot.save()
             self.control = self.callbacks.on_save(self.arguments, self.state, self.control)
         if stop:

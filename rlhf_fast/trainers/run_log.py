@@ -200,8 +200,15 @@ class RunLog:
             write_atomic(path, lambda f: f.write(json.dumps(merged, indent=2, ensure_ascii=False) + "\n"))
         return merged
 
+    def sync(self) -> None:
+        """Have the disk hold all rows. A killed process loses none without it, a power cut does."""
+        for f in (self._jsonl, self._csv):
+            if f is not None:
+                os.fsync(f.fileno())
+
     def close(self) -> None:
         """Close the files; drawing and the summary still work."""
+        self.sync()
         for f in (self._jsonl, self._csv):
             if f is not None:
                 f.close()

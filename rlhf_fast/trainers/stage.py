@@ -167,6 +167,8 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
     new = "activation_checkpointing"  # its name from transformers 5.20 or so on
     values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
     values |= config.training_arguments
+    if values.get("load_best_model_at_end") and values["eval_strategy"] == "no":
+        raise ValueError("load_best_model_at_end goes by evaluations: set eval_steps, and an evaluation set")
     join_processes(config)
     check_trackers(values["report_to"])
     try:
