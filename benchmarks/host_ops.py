@@ -107,7 +107,7 @@ def verl_cases() -> Iterator[Case]:
         v = SimpleNamespace(**dict(zip(NAMES, found, strict=True)))
         config = config_of(v, policy={"kl_cov_ratio": 0.002, "ppo_kl_coef": 1.0}, clip_ratio_low=1.0)
         algorithm = SimpleNamespace(gamma=1.0, get=lambda name, default=None: default)
-        kinds = dict(vanilla="ppo") | {k: k for k in ("gspo", "sapo", "gpg", "geo_mean", "kl_cov", "cispo")}
+        kinds = dict(vanilla="ppo") | {k: k for k in ("gspo", "sapo", "gpg", "geo_mean", "kl_cov", "cispo", "dppo_tv")}
         gae = next(c for c in verl._patch.changes if getattr(c, "name", "") == "compute_gae_advantage_return").original
         for rows, width in SIZES:
             x, size = batch(rows, width), f"{rows} x {width}"
