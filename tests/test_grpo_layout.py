@@ -98,11 +98,14 @@ def test_rows_are_shared_as_far_as_it_pays():
     layout = Layout(model)
     assert layout.shares
     per_token, per_pair = 2 * layout.weights, 4 * layout.attention
-    for prompt, completion in ((100, 5), (20, 20), (5, 200), (1, 1)):
-        costs = {1: per_token * (prompt + completion) + per_pair * (prompt + completion) ** 2 / 2}
-        for k in range(2, 9):
-            costs[k] = per_token * (prompt / k + completion) + per_pair * (prompt + k * completion) ** 2 / k
-        assert layout.per_row(prompt, completion, 8) == min(costs, key=costs.get)
+    for prompt, completion, group in ((100, 5, 8), (20, 20, 8), (5, 200, 8), (1, 1, 8), (40, 40, 4), (60, 20, 5)):
+        costs = {1: group * (per_token * (prompt + completion) + per_pair * (prompt + completion) ** 2 / 2)}
+        for k in range(2, group + 1):
+            rows, width = -(-group // k), prompt + k * completion  # the last row is padded to the others
+            costs[k] = rows * (per_token * width + per_pair * width**2)
+        assert layout.per_row(prompt, completion, group) == min(costs, key=costs.get)
+    layout.weights, layout.attention = 10**6, 768  # an even 3 of 4 would be the cheapest, but 3 and 1 are two rows of 3
+    assert layout.per_row(128, 128, 4) == 2
     assert layout.per_row(100, 5, 8) > 1
     assert layout.per_row(5, 200, 8) == 1
     assert Layout(model, share=True).per_row(5, 200, 8) == 8

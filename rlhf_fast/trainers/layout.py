@@ -6,12 +6,14 @@ heads x head size,
 
     cost(k) = 2 W (P / k + L) + 4 A (P + k L)^2 / k,      cost(1) = 2 W (P + L) + 2 A (P + L)^2
 
-so short completions of long prompts share most and long ones not at all.
+so short completions of long prompts share most and long ones not at all. Where k does not divide the group its last row
+is padded to the width of the others, and counts as they do.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,9 +61,10 @@ class Layout:
         if self.always:
             return group
 
-        def cost(k: int) -> float:
-            pairs = (prompt + k * completion) ** 2 / k
-            return 2 * self.weights * (prompt / k + completion) + 4 * self.attention * pairs * (0.5 if k == 1 else 1)
+        def cost(k: int) -> float:  # of a group's rows, the last one padded to the width of the others
+            width = prompt + k * completion
+            pairs = width**2 * (0.5 if k == 1 else 1)
+            return math.ceil(group / k) * (2 * self.weights * width + 4 * self.attention * pairs)
 
         return min(range(1, group + 1), key=cost)
 
