@@ -1,10 +1,11 @@
 """ZeRO-2 and ZeRO-3 on any number of processes: `python deepspeed_ranks.py OUT [STAGE]` in torchrun's environment.
 
-Without a stage the same runs without DeepSpeed, on one process.
+Without a stage the same runs without DeepSpeed, on one process. The loops of GRPO and PPO are in zero_ranks.py.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -143,20 +144,33 @@ def trainers(folder: Path, path: str, stage: int | None, ranks: int) -> dict[str
 
 
 def main(folder: Path, stage: int | None) -> None:
-    """Write RANK/results.pt."""
+    """Write RANK/results.pt and RANK/rl.pt, resume."""
+    import zero_ranks
+    from ranks import exact_norms
     from trl_cases import saved
 
-    rank, ranks = 0, 1
     torch.set_num_threads(1)
-    folder = folder / os.environ.get("RANK", "0")
-    path = saved(folder / "model")  # afterwards only the first rank would write
+    gc.freeze()  # stage 3 collects garbage in every step of making an engine: not among what has been imported
+    rank, ranks = 0, int(os.environ["WORLD_SIZE"])
+    own = folder / os.environ["RANK"]
+    path = saved(own / "model")  # afterwards only the first rank would write
     if stage is not None:
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__.clear()  # its own collectives would be compiled first
         deepspeed.init_distributed("gloo")
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.save(fused(stage, rank, ranks) | trainers(folder, path, stage, ranks), folder / "results.pt")
+        rank = dist.get_rank()
+    torch.save(fused(stage, rank, ranks) | trainers(own, path, stage, ranks), own / "results.pt")
+    if stage is not None:
+        os.environ |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage))
+        for case in zero_ranks.RESUMED[stage]:
+            zero_ranks.resume(folder / "resumed" / case, case)
+    exact_norms()
+    torch.save(zero_ranks.results(own), own / "rl.pt")
 
 
 if __name__ == "__main__":
+    from rlhf_fast.cli.train import leave_ranks
+
     main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    leave_ranks()

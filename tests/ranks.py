@@ -11,9 +11,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -132,17 +134,22 @@ def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 300) 
     common = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
     common |= dict(OMP_NUM_THREADS="1", LOCAL_WORLD_SIZE=str(ranks))
     command = [sys.executable, script, *map(str, arguments)]
-    where = dict(cwd=Path(script).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running = [
-        subprocess.Popen(command, env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), **where) for r in range(ranks)
-    ]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=timeout)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in running:
-            process.kill()
+    with ExitStack() as stack:  # files, not pipes: a rank whose pipe is full waits for its reader, and others for it
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        where = dict(cwd=Path(script).parent, stderr=subprocess.STDOUT)
+        running = [
+            subprocess.Popen(command, env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=output, **where)
+            for r, output in enumerate(outputs)
+        ]
+        end = time.monotonic() + timeout
+        try:
+            for process, output in zip(running, outputs, strict=True):
+                process.wait(max(0.0, end - time.monotonic()))
+                output.seek(0)
+                assert process.returncode == 0, output.read()[-3000:]
+        finally:
+            for process in running:
+                process.kill()
 
 
 def save_results(results: Callable[[Path, int], dict]) -> None:

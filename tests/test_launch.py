@@ -92,17 +92,42 @@ def accelerator(kind, plugin=None):
 
 
 def test_launches_that_a_loop_cannot_follow():
-    for kind, plugin in ((DistributedType.DEEPSPEED, None), (DistributedType.FSDP, SimpleNamespace(fsdp_version=1))):
+    for kind, plugin in ((DistributedType.MEGATRON_LM, None), (DistributedType.FSDP, SimpleNamespace(fsdp_version=1))):
         with pytest.raises(
-            ValueError, match=f"'ppo' runs on one process, under DDP or under FSDP2 .* got {kind.value}"
+            ValueError, match=f"'ppo' runs on one process, under DDP, DeepSpeed or FSDP2 .* got {kind.value}"
         ):
             check_launch(accelerator(kind, plugin), "ppo")
     options = dict(fsdp_version=2, cpu_ram_efficient_loading=False, activation_checkpointing=False)
     check_launch(accelerator(DistributedType.FSDP, SimpleNamespace(**options)), "ppo")
     check_launch(accelerator(DistributedType.MULTI_CPU), "ppo")
+    check_launch(accelerator(DistributedType.DEEPSPEED), "ppo")
     for key in ("cpu_ram_efficient_loading", "activation_checkpointing"):
         with pytest.raises(ValueError, match=f"fsdp_{key} must be false"):
             check_launch(accelerator(DistributedType.FSDP, SimpleNamespace(**options | {key: True})), "ppo")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(zero_optimization=dict(stage=0)), "zero_optimization.stage .* must be 1, 2 or 3, got 0"),
+        (dict(fp16=dict(enabled=True)), "fp16.enabled .* must be false: take bf16, got True"),
+        (dict(torch_autocast=dict(enabled=True)), "torch_autocast.enabled .* must be false"),
+        (dict(optimizer=dict(type="AdamW")), "optimizer .* must be left out"),
+        (dict(scheduler=dict(type="WarmupLR")), "scheduler .* must be left out"),
+        (
+            dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device="cpu"))),
+            ".*offload_optimizer.device .* none",
+        ),
+        (dict(zero_optimization=dict(stage=3, offload_param=dict(device="nvme"))), ".*offload_param.device .* be none"),
+    ],
+)
+def test_deepspeed_configurations_that_a_loop_cannot_follow(config, message):
+    from rlhf_fast.trainers.zero import check_config
+
+    fine = dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device="none")), fp16=dict(enabled="auto"))
+    check_config(fine, "ppo")
+    with pytest.raises(ValueError, match=f"stage 'ppo': {message}"):
+        check_config(fine | config, "ppo")
 
 
 def test_exact_precision_leaves_what_passes_in_and_out():

@@ -39,7 +39,7 @@ from rlhf_fast.trainers.restore import (
     save_tensors,
 )
 from rlhf_fast.trainers.run_log import peak_memory_mb
-from rlhf_fast.trainers.sharding import exact_precision, full_state, gathered_state
+from rlhf_fast.trainers.sharding import SAME_PROCESSES, exact_precision, full_state, gathered_state
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
@@ -141,6 +141,10 @@ class FusedTrainer(Trainer):
         """
         wanted = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         self.stopping = False
+        if wanted is not None and self.is_deepspeed_enabled:  # the Trainer leaves all else to the engine
+            fits = dict(stage=type(self).__name__, processes=self.args.world_size, options=self.run_options)
+            if check_fits(wanted, **fits) != self.args.world_size:
+                raise ValueError(f"resume_from_checkpoint: {SAME_PROCESSES}")
         with self.signals, memory_advice(self.args, "training"):
             return super().train(None if wanted is None else str(wanted), *args, **kwargs)
 
@@ -164,6 +168,11 @@ class FusedTrainer(Trainer):
         return super()._determine_best_metric(metrics=metrics, trial=trial)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """By then there is an engine under DeepSpeed, whose files are to be plain too."""
+        if self.is_deepspeed_enabled:
+            from rlhf_fast.trainers.zero_state import write_plainly
+
+            write_plainly(self.accelerator.deepspeed_engine_wrapped.engine)
         try:
             return super().create_scheduler(*args, **kwargs)
         except (TypeError, ValueError) as error:  # one that needs more than a number of steps
@@ -303,7 +312,8 @@ class FusedTrainer(Trainer):
         needed = expected_bytes([self.model], None if args.save_only_model else self.optimizer)
         folder = run_dir / f"checkpoint-{state.global_step}"
         weights, optimizer = full_state(self.accelerator, self.model), None
-        if weights is not None and not args.save_only_model:  # gathered before a process can fail to write
+        sharded = weights is not None and not self.is_deepspeed_enabled
+        if sharded and not args.save_only_model:  # gathered before a process can fail to write
             optimizer = gathered_state(self.accelerator, self.optimizer.state_dict())
         with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
             self._write_model(str(part), weights)

@@ -111,16 +111,13 @@ class SkipBrokenSteps(TrainerCallback):
     def __init__(self, limit: int = 10, scaler: Any = None):
         self.steps = SkippedSteps(limit, scaler)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         if model is None:
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not grads:
+        if not grads and type(optimizer).__name__ != "DeepSpeedOptimizerWrapper":
             return
-        bad = (~torch.stack([g.isfinite().all() for g in map(_local, grads)]).all()).float()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        if not bad.item():
+        if not (_broken(grads) if grads else optimizer.step_was_skipped):  # DeepSpeed's engine has judged, and stepped
             self.steps.made()
             return
         if self.steps.scaler is None:
@@ -152,6 +149,14 @@ def or_broken(loss: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     An infinite loss may have a finite gradient. No exchange is needed: the gradients' sum carries the NaN everywhere.
     """
     return loss * torch.where(loss.detach().isfinite(), factor, torch.nan)
+
+
+def _broken(grads: list[torch.Tensor]) -> bool:
+    """Whether one is not finite, on any rank."""
+    bad = (~torch.stack([g.isfinite().all() for g in map(_local, grads)]).all()).float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return bool(bad.item())
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:

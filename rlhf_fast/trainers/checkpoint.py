@@ -222,7 +222,7 @@ def expected_bytes(model: Iterable[nn.Module], optimizer: Any = None) -> int:
     tensors = [p for module in model for p in module.parameters()]
     if optimizer is not None:
         tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(getattr(t, "ds_numel", t.numel()) * t.element_size() for t in tensors)  # whole, under ZeRO-3 too
 
 
 def _sha256(path: Path) -> str:

@@ -175,7 +175,6 @@ LOOP_KEYS: dict[str, tuple[Any, ...] | None] = {
     "dataloader_pin_memory": None,
     "dataloader_drop_last": (False,),
     "ddp_find_unused_parameters": (None, False),
-    "deepspeed": (None,),
     "fsdp": (None, "", [], False),
     "torch_compile": (False,),
     "neftune_noise_alpha": (None, 0),

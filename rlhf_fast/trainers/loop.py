@@ -77,7 +77,9 @@ class Loop:
         join_processes(config)
         self.arguments = _training_arguments(config)  # first: it resets accelerate's state
         precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+        plugin = self.arguments.deepspeed_plugin
+        on_cpu = config.use_cpu and plugin is None  # accelerate would switch DeepSpeed off; the group is gloo's
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, deepspeed_plugin=plugin)
         warn_of_fp16(self.accelerator)
         self.spread = spread_of(self.accelerator, config.stage)
         self.config, self.processing_class = config, processing_class
@@ -101,6 +103,7 @@ class Loop:
         self.signals = StopSignals()
         self.meters = Meters()
         self.snapshot = Snapshot(self)
+        self.snapshot.parts |= self.spread.parts(self.optimizer)
         self.max_grad_norm = config.max_grad_norm or float("inf")
 
     # ---- the run
@@ -233,9 +236,9 @@ class Loop:
         self.accelerator.unscale_gradients(self.optimizer)
         finite = True
         for role, parameters in self.parameters.items():
-            if all(p.grad is None for p in parameters):
+            norm = self.spread.clip(self.models[role], parameters, self.max_grad_norm)
+            if norm is None:  # nothing has reached this role
                 continue
-            norm = self.spread.clip(parameters, self.max_grad_norm)
             self.record({"grad_norm" if role == POLICY else f"grad_norm_{role}": norm})
             finite = finite and bool(torch.isfinite(norm))
         return finite
@@ -346,8 +349,11 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
         raise ValueError(f"lr_scheduler_type: {error}") from None
     if config.lr_scheduler_type in BY_METRIC:
         raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type} follows a metric, not steps: not supported")
+    settings = getattr(config, "deepspeed", None)
+    deepspeed = {} if settings is None else dict(deepspeed=settings, bf16=config.bf16, fp16=config.fp16)
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in shared},
+        **deepspeed,
         report_to=config.report_to,
         disable_tqdm=config.disable_tqdm,
         save_strategy="steps" if config.save_steps else "no",

@@ -177,7 +177,7 @@ def _shares(config: RunConfig, processes: int) -> tuple[int, int, int]:
     arguments = getattr(config, "training_arguments", {})
     if processes > 1 and arguments.get("fsdp"):
         return processes, processes, processes
-    settings = arguments.get("deepspeed")
+    settings = arguments.get("deepspeed") or getattr(config, "deepspeed", None)
     if processes == 1 or not settings:
         return 1, 1, 1
     if isinstance(settings, str):

@@ -24,6 +24,7 @@ from rlhf_fast.trainers.models.hf_utils import choose_attention, load_folder, vo
 from rlhf_fast.trainers.models.lora import merge_adapter
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.reference_config import ReferenceConfig
+from rlhf_fast.trainers.sharding import load_whole
 from rlhf_fast.types import FusedLoss
 
 
@@ -167,6 +168,7 @@ def reference_options(config: ReferenceConfig) -> dict[str, Any]:
 
 def load_reference(config: ReferenceConfig) -> nn.Module:
     """`ref_model` with its `ref_model_adapters` merged, in the dtype of the policy's frozen weights."""
+    load_whole()
     attention = config.attn_implementation or choose_attention(config)
     options = dict(dtype=weights_dtype(config), trust_remote_code=config.trust_remote_code)
     model = load_folder(config.ref_model, **options, attn_implementation=attention)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -33,6 +32,7 @@ from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
+from rlhf_fast.trainers.sharding import check_whole, load_whole
 from rlhf_fast.trainers.stepwise import as_queries
 
 
@@ -71,6 +71,7 @@ class RLTrainer:
         self.config = config
         if not config.output_dir:
             raise ValueError("output_dir is required")
+        check_whole(model)
         self.tokenizer = ready_tokenizer(processing_class)
         if reward_funcs is None:
             reward_funcs = load_rewards(config, self.tokenizer)
@@ -363,7 +364,7 @@ def run_rl(
 ) -> dict[str, Any]:
     """Train as the configuration says; returns what `summary.json` holds."""
     config.check_paths()
-    disable_fsdp_ram_efficient_loading()  # reward models and critics are whole on every process
+    load_whole()
     for specs in (config.reward_funcs, config.eval_reward_funcs):  # before anything is loaded
         make_rewards(specs, None, None)
     set_seed(config.seed)

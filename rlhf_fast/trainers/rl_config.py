@@ -40,6 +40,7 @@ class RLConfig(RolloutConfig):
     learning_rate: float = 1e-6
     max_tokens_per_micro_batch: int | None = None  # replaces per_device_train_batch_size as the unit of a forward
     disable_dropout: bool = True  # the policy is updated in eval mode: sampler and trainer are one function
+    deepspeed: str | None = None  # a JSON file: ZeRO-1, 2 or 3; `accelerate launch --use_deepspeed` says it as well
     # ---- evaluation
     eval_on_start: bool = False
     eval_do_sample: bool = False  # False: greedy

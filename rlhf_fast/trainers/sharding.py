@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf_fast.trainers.config import RunConfig
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+
+SAME_PROCESSES = "under DeepSpeed a run goes on with as many processes as before"
 
 
 def join_processes(config: RunConfig) -> None:
@@ -33,12 +36,30 @@ def join_processes(config: RunConfig) -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=config.ddp_timeout))
 
 
+def load_whole() -> None:
+    """From here on models are loaded whole by every process, whatever FSDP's or DeepSpeed's configuration says:
+    references and critics are copies of them, and reward models stay as they are."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    disable_fsdp_ram_efficient_loading()
+    unset_hf_deepspeed_config()
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model whose weights DeepSpeed has partitioned while it was loaded."""
+    if partitioned(model):
+        raise ValueError(
+            "the model was loaded under DeepSpeed's zero.Init (zero3_init_flag, or TrainingArguments of ZeRO-3 before "
+            "it): load it whole, it is partitioned afterwards"
+        )
+
+
 def check_launch(accelerator: Accelerator, stage: str) -> None:
     """Raise ValueError when the stage's loop cannot run as the launcher says."""
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
     if kind not in SUPPORTED and not accelerator.is_fsdp2:
         raise ValueError(
-            f"stage {stage!r} runs on one process, under DDP or under FSDP2 (accelerate launch --use_fsdp "
+            f"stage {stage!r} runs on one process, under DDP, DeepSpeed or FSDP2 (accelerate launch --use_fsdp "
             f"--fsdp_version 2), got {kind.value}; sft, rm, dpo and kto run under whatever transformers' Trainer does"
         )
     if not accelerator.is_fsdp2:
@@ -120,6 +141,12 @@ def autocast(accelerator: Accelerator, model: nn.Module) -> AbstractContextManag
 @contextmanager
 def taking_whole(model: nn.Module) -> Iterator[None]:
     """Inside the block `load_state_dict` of a sharded model takes whole tensors; each process keeps its part."""
+    if parameters := partitioned(model):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            yield
+        return
 
     def cut(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         for name, own in module.named_parameters(recurse=False):
@@ -169,15 +196,51 @@ def full_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] 
 
     Tied weights are one tensor, so that they are saved once. Every process calls it.
     """
-    if not is_sharded(model):
+    if partitioned(model):
+        state = state_of(model, keep=accelerator.is_main_process)
+    elif is_sharded(model):
+        state = accelerator.get_state_dict(model)
+    else:
         return None
-    state, first = accelerator.get_state_dict(model), {}
+    first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state:
             state[name] = state[first.setdefault(id(parameter), name)]
     return state
 
 
+def partitioned(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that DeepSpeed (ZeRO-3) has partitioned."""
+    return [p for p in model.parameters() if hasattr(p, "ds_id")]
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that DeepSpeed has partitioned; any other as it is."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def state_of(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """A model's weights as they lie; those that DeepSpeed has partitioned whole, on the CPU of processes that `keep`
+    them. Every process calls it."""
+    parameters = partitioned(model)
+    if not parameters:
+        return dict(model.state_dict())
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()} if keep else {}
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, on every process; any other as it is."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

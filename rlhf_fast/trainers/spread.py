@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from rlhf_fast.trainers import restore
@@ -58,8 +59,10 @@ class Replicated:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-        """Clip the gradient of these by its norm over all processes, which is returned."""
+    def clip(self, model: nn.Module, parameters: list[nn.Parameter], max_norm: float) -> Tensor | None:
+        """Clip the gradient of these by its norm over all processes, which is returned; None: none has reached them."""
+        if all(p.grad is None for p in parameters):
+            return None
         return whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
     def gathered(self, *models: nn.Module) -> AbstractContextManager:
@@ -81,6 +84,10 @@ class Replicated:
 
     def load_optimizer(self, optimizer: Any, folder: Path) -> None:
         restore.load_optimizer(optimizer, folder)
+
+    def parts(self, optimizer: Any) -> dict[str, Any]:
+        """What else every process saves of its own, by name: with `state_dict` and `load_state_dict`."""
+        return {}
 
 
 class Sharded(Replicated):
@@ -115,4 +122,8 @@ class Sharded(Replicated):
 def spread_of(accelerator: Accelerator, stage: str) -> Replicated:
     """What the launcher asked for; ValueError where the stage's loop cannot follow."""
     check_launch(accelerator, stage)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from rlhf_fast.trainers.zero import Zero
+
+        return Zero(accelerator, stage)
     return (Sharded if accelerator.is_fsdp2 else Replicated)(accelerator)

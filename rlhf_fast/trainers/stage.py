@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -28,7 +27,7 @@ from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
 from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
-from rlhf_fast.trainers.sharding import join_processes
+from rlhf_fast.trainers.sharding import join_processes, load_whole
 
 
 def run_stage(
@@ -49,7 +48,7 @@ def run_stage(
     """
     start = time.perf_counter()
     config.check_paths()
-    disable_fsdp_ram_efficient_loading()  # a reference is copied from the weights that every process has loaded
+    load_whole()
     checkpoint = resume_path(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)

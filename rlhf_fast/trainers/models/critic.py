@@ -28,7 +28,7 @@ class ValueHead(nn.Module):
     def __init__(self, width: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         dtype = torch.promote_types(dtype, torch.float32)
-        self.weight, self.bias = (nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in (width, ()))
+        self.weight, self.bias = (nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (width, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -48,7 +48,7 @@ class ValueHead(nn.Module):
 
         state = load_file(_head_file(folder))
         head = cls(len(state["weight"]), state["weight"].dtype)
-        head.load_state_dict(state)
+        head.load_state_dict(state | {"bias": state["bias"].reshape(1)})
         return head
 
 

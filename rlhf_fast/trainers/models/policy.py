@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.sharding import taking_whole, whole
+from rlhf_fast.trainers.sharding import held, shape_of, state_of, taking_whole, whole
 
 
 class Reference:
@@ -59,15 +59,17 @@ class Reference:
             raise ValueError("the reference is the policy with its adapters off: only a copy can follow the policy")
         current = dict(policy.named_parameters())
         for name, kept in self.model.named_parameters():
-            if name not in current or current[name].shape != kept.shape:
-                raise ValueError(f"the reference cannot follow the policy: it has no {name} of shape {(*kept.shape,)}")
-            new = current[name] if hasattr(kept, "full_tensor") else whole(current[name])
+            if name not in current or shape_of(current[name]) != shape_of(kept):
+                shape = (*shape_of(kept),)
+                raise ValueError(f"the reference cannot follow the policy: it has no {name} of shape {shape}")
+            part = hasattr(kept, "full_tensor") or hasattr(kept, "ds_tensor")
+            new, kept = held(current[name]) if part else whole(current[name]), held(kept)
             kept.lerp_(new.to(kept.device, kept.dtype), alpha)
         self.moved = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its weights once `sync` has moved it, as they lie; empty before, when it is what it was at first."""
-        return dict(self.model.state_dict()) if self.moved else {}
+        return state_of(self.model) if self.moved else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back its weights, whole."""
