@@ -18,7 +18,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 demo: $(VENV)/.installed-train
 	$(BIN)/rlhf-fast demo grpo
 
-test: $(VENV)/.installed-test $(VENV)/.hosts
+test: $(VENV)/.installed-test $(VENV)/.hosts $(VENV)/.deepspeed
 	$(BIN)/python -m pytest tests
 
 # Both libraries must be in the process before Python: it is not built with them.
@@ -57,6 +57,11 @@ $(VENV)/.hosts: tests/hosts.txt | $(VENV)/.created
 	        --python-version 3.11 --platform manylinux1_x86_64 --dest $(VENV)/hosts/wheels -r tests/hosts.txt && \
 	   for wheel in $(VENV)/hosts/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(VENV)/hosts || exit 1; done; \
 	then touch $@; else echo "tests/hosts.txt could not be fetched: the tests of these hosts are skipped"; fi
+
+# Of its source distribution without its compiled ops, none of which is needed. What cannot install it skips its tests.
+$(VENV)/.deepspeed: constraints.txt | $(VENV)/.installed-test
+	if DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt deepspeed; then touch $@; \
+	else echo "DeepSpeed could not be installed: its tests are skipped"; fi
 
 $(VENV)/.ruff: pyproject.toml | $(VENV)/.created
 	$(PIP) "ruff~=0.17.0"
