@@ -112,6 +112,7 @@ def test_launches_that_a_loop_cannot_follow():
         (dict(zero_optimization=dict(stage=0)), "zero_optimization.stage .* must be 1, 2 or 3, got 0"),
         (dict(fp16=dict(enabled=True)), "fp16.enabled .* must be false: take bf16, got True"),
         (dict(torch_autocast=dict(enabled=True)), "torch_autocast.enabled .* must be false"),
+        (dict(bf16=dict(enabled=True)), "bf16.enabled .* must be the run's own bf16, got True"),
         (dict(optimizer=dict(type="AdamW")), "optimizer .* must be left out"),
         (dict(scheduler=dict(type="WarmupLR")), "scheduler .* must be left out"),
         (
@@ -128,6 +129,7 @@ def test_deepspeed_configurations_that_a_loop_cannot_follow(config, message):
     check_config(fine, "ppo")
     with pytest.raises(ValueError, match=f"stage 'ppo': {message}"):
         check_config(fine | config, "ppo")
+    check_config(fine | dict(bf16=dict(enabled=True)), "ppo", bf16=True)
 
 
 def test_exact_precision_leaves_what_passes_in_and_out():

@@ -15,6 +15,7 @@ A step may hold several updates (`updates_per_step`), as PPO's does: one rollout
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -81,7 +82,7 @@ class Loop:
         on_cpu = config.use_cpu and plugin is None  # accelerate would switch DeepSpeed off; the group is gloo's
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, deepspeed_plugin=plugin)
         warn_of_fp16(self.accelerator)
-        self.spread = spread_of(self.accelerator, config.stage)
+        self.spread = spread_of(self.accelerator, config.stage, bf16=config.bf16)
         self.config, self.processing_class = config, processing_class
         modules = {POLICY: model, **(others or {})}
         for role, module in modules.items():
@@ -350,7 +351,8 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     if config.lr_scheduler_type in BY_METRIC:
         raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type} follows a metric, not steps: not supported")
     settings = getattr(config, "deepspeed", None)
-    deepspeed = {} if settings is None else dict(deepspeed=settings, bf16=config.bf16, fp16=config.fp16)
+    asked = settings is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = dict(deepspeed=settings, bf16=config.bf16, fp16=config.fp16) if asked else {}
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in shared},
         **deepspeed,

@@ -119,11 +119,11 @@ class Sharded(Replicated):
         return gathered_state(self.accelerator, optimizer.state_dict())
 
 
-def spread_of(accelerator: Accelerator, stage: str) -> Replicated:
+def spread_of(accelerator: Accelerator, stage: str, *, bf16: bool = False) -> Replicated:
     """What the launcher asked for; ValueError where the stage's loop cannot follow."""
     check_launch(accelerator, stage)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from rlhf_fast.trainers.zero import Zero
 
-        return Zero(accelerator, stage)
+        return Zero(accelerator, stage, bf16=bf16)
     return (Sharded if accelerator.is_fsdp2 else Replicated)(accelerator)

@@ -27,12 +27,14 @@ from rlhf_fast.trainers.zero_state import engine_state, load_engine
 MINIMUM = "0.19"  # one backward through several engines; steps whose gradients are not finite are dropped
 
 
-def check_config(config: Mapping[str, Any], stage: str) -> None:
+def check_config(config: Mapping[str, Any], stage: str, *, bf16: bool = False) -> None:
     """Raise ValueError on a DeepSpeed configuration that the stage's loop cannot follow."""
     zero = config["zero_optimization"]
     enabled = {name: (config.get(name) or {}).get("enabled") for name in ("fp16", "torch_autocast")}
     rows = [("zero_optimization.stage", zero["stage"], (1, 2, 3), "be 1, 2 or 3")]
     rows += [(f"{name}.enabled", on, (None, False, "auto"), "be false: take bf16") for name, on in enabled.items()]
+    half = (config.get("bf16") or {}).get("enabled")
+    rows.append(("bf16.enabled", half, (bf16, "auto") if bf16 else (None, False, "auto"), "be the run's own bf16"))
     for name in ("offload_optimizer", "offload_param"):
         device = (zero.get(name) or {}).get("device")
         rows.append((f"zero_optimization.{name}.device", device, (None, "none", "auto"), "be none"))
@@ -48,17 +50,17 @@ class Zero(Replicated):
 
     sharded = True  # each micro-batch's gradients are reduced at once, and stage 3 gathers weights in every forward
 
-    def __init__(self, accelerator: Accelerator, stage: str):
+    def __init__(self, accelerator: Accelerator, stage: str, *, bf16: bool):
         import deepspeed
 
         if Version(deepspeed.__version__) < Version(MINIMUM):
             raise ValueError(f"stage {stage!r} needs DeepSpeed {MINIMUM} or later, got {deepspeed.__version__}")
         super().__init__(accelerator)
         plugin = accelerator.state.deepspeed_plugin
-        check_config(plugin.deepspeed_config, stage)
+        check_config(plugin.deepspeed_config, stage, bf16=bf16)
         load_whole()  # accelerate's state has just asked for the opposite
         self.stage, self.given = plugin.zero_stage, plugin.deepspeed_config
-        self.bf16 = bool(self.given.get("bf16", {}).get("enabled"))
+        self.bf16 = bf16
 
     def prepare(
         self, modules: Modules, make_optimizer: Callable[[Modules], torch.optim.Optimizer]
@@ -85,7 +87,7 @@ class Zero(Replicated):
         if self.bf16 and width is None:
             found["bf16"] = {"enabled": False}  # a value head stays in fp32
         elif self.bf16:
-            found["bf16"]["check_grad_overflow"] = True
+            found["bf16"] = found.get("bf16", {}) | {"enabled": True, "check_grad_overflow": True}
             found.setdefault("communication_data_type", "fp32")
             found.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
             zero["stage"] = max(self.stage, 2)  # stage 1 in bf16 is another optimiser of DeepSpeed's
