@@ -409,3 +409,30 @@ def test_gradient_through_lse_alone(chunk_size):
         for f, kw in ((linear_logprob, {"chunk_size": chunk_size}), (reference.linear_logprob, {}))
     ]
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in losses))
+
+
+def test_what_composes_with_lse():
+    """Label smoothing with a z-loss, given ids and a temperature for each token, as the notes on the engine say."""
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    leaves = [new(6, 5).requires_grad_(), new(11, 5).requires_grad_()]
+    target, ids = torch.randint(0, 11, (6,), generator=g), torch.randint(0, 11, (6, 3), generator=g)
+    hidden, weight = leaves
+    logits = hidden @ weight.t()
+    warmth = 0.5 + torch.rand(6, generator=g, dtype=torch.float64)
+
+    out = linear_logprob(hidden, weight, target)
+    uniform = out.lse - hidden @ weight.mean(0)
+    smooth = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")
+    pairs = [
+        (0.9 * -out.logprob + 0.1 * uniform + 1e-2 * out.lse**2, smooth + 1e-2 * logits.logsumexp(-1) ** 2),
+        ((hidden.unsqueeze(1) * weight[ids]).sum(-1) - out.lse.unsqueeze(1), logits.log_softmax(-1).gather(1, ids)),
+        (
+            linear_logprob(hidden / warmth[:, None], weight, target).logprob,
+            (logits / warmth[:, None]).log_softmax(-1).gather(1, target[:, None])[:, 0],
+        ),
+    ]
+    for got, want in pairs:
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(x.square().sum(), leaves, retain_graph=True) for x in (got, want)]
+        torch.testing.assert_close(*grads)
