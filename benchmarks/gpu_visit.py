@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--no-build", action="store_true")
-    for inner in ("--case", "--sweep", "--trainer"):  # one stage, in a process of its own
+    for inner in ("--case", "--sweep", "--trainer", "--tests"):  # one stage, in a process of its own
         parser.add_argument(inner, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -88,6 +89,8 @@ def main() -> int:
         return _one_case(args.output, device, args.seconds, *json.loads(args.case))
     if args.sweep:
         return _sweep(args.output, device, json.loads(args.sweep))
+    if args.tests:
+        return _tests(json.loads(args.tests))
     if args.trainer:
         return _trainer(args.output, device, args.trainer, args.rehearse)
     return _visit(args.output, device, args.rehearse, 60 * args.minutes, build=not (args.no_build or args.rehearse))
@@ -116,8 +119,7 @@ def _visit(output: Path, device: str, rehearse: bool, seconds: float, build: boo
     stage("sweep", [*this, "--sweep", json.dumps(SHORT_SWEEP if rehearse else SWEEP)], 90)
     found = device_tests()
     chosen = [t for t in found if "policy_op" in t] if rehearse else found
-    tests = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--no-header", "--continue-on-collection-errors"]
-    stage("tests", [*tests, "--on-device", *chosen], 120)
+    stage("tests", [*this, "--tests", json.dumps(chosen)], 120)
     cases([BROKEN] if rehearse else TELLING)
     for trainer in ("grpo", "ppo", "dpo"):
         stage(f"trainer {trainer}", [*this, "--trainer", trainer], 75)
@@ -140,15 +142,18 @@ def _stage(name: str, command: list[str], output: Path, end: float, limit: float
     with (output / "visit.log").open("a") as log:
         log.write(f"\n==== {name}\n")
         log.flush()
-        try:
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # peers may stand there
-            environment = os.environ | {"PYTHONPATH": path}
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=min(limit, left)
-            )
-            status = "ok" if done.returncode == 0 else f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            status = "time limit"
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # peers may stand there
+        environment = os.environ | {"PYTHONPATH": path}
+        where = dict(cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with subprocess.Popen(command, start_new_session=True, **where) as process:
+            try:
+                code = process.wait(min(limit, left))
+                status = "ok" if code == 0 else f"exit status {code}"
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)  # what it started would disturb the next stage
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                status = "time limit"
     seconds = time.monotonic() - start
     print(f"{seconds:6.1f} s  {status:16} {name}", flush=True)
     return {"stage": name, "status": status, "seconds": round(seconds, 1)}
@@ -167,6 +172,16 @@ def _one_case(
     case = cases.Case(op, cases.parse_shape(shape, op), dtype, zero, device, out)
     some = {"providers": ("rlhf_fast", "torch")} if device == "cpu" else {}
     return _save(output, suite.run([case], suite.Options(seconds=seconds, budget=3.0, **some)))
+
+
+def _tests(files: list[str]) -> int:
+    """The test files at the same time, a process each: most of their time is compilation."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--no-header", "--on-device"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = [subprocess.Popen([*pytest, file], **pipes) for file in files]
+    for process in running:
+        print(process.communicate()[0], flush=True)
+    return int(any(process.returncode for process in running))
 
 
 def _sweep(output: Path, device: str, options: dict[str, Any]) -> int:
