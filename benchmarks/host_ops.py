@@ -1,6 +1,7 @@
-"""The operations of OpenRLHF, verl and LLaMA-Factory beside what the integrations put in their place.
+"""The operations of OpenRLHF, verl and LLaMA-Factory beside what the integrations put in their place; and what
+torch.compile and TRL make of the same ops.
 
-    python benchmarks/host_ops.py [--output FOLDER] [--rounds 9] [--only NAME]
+    python benchmarks/host_ops.py [--output FOLDER] [--rounds 15] [--only NAME]
 
 CPU time of a call, forward and backward where it has one, the two sides in turn, medians of rounds, on one thread: a
 loss over tokens is memory-bound, and a second thread mostly waits for the first. Errors are against the host's own
@@ -32,8 +33,10 @@ from test_openrlhf import STUBS as OPENRLHF_STUBS  # noqa: E402
 from test_verl import MODULES as VERL  # noqa: E402
 from test_verl import NAMES, config_of  # noqa: E402
 
+from rlhf_fast import group_advantages, masked_whiten, policy_loss  # noqa: E402
 from rlhf_fast.benchmarks import report  # noqa: E402
 from rlhf_fast.benchmarks.measure import median  # noqa: E402
+from rlhf_fast.benchmarks.providers import tokens  # noqa: E402
 from rlhf_fast.integrations import llamafactory, openrlhf, verl  # noqa: E402
 
 SIZES = ((8, 512), (16, 1024), (64, 4096))
@@ -148,6 +151,23 @@ def llamafactory_cases() -> Iterator[Case]:
                 yield Case(name, *calls, (torch.randn(rows, width, VOCAB),))
 
 
+def torch_cases() -> Iterator[Case]:
+    rows, width = 256, 4096
+    x, size = batch(rows, width), f"{rows} x {width}"
+    a, rewards = torch.randn(rows), torch.randn(rows * 16)
+    ours = lambda new, old: policy_loss(new, old, a, kind="grpo", mask=x.mask)[0]  # noqa: E731
+    for name, loss in (("GRPO loss without metrics", tokens._grpo), ("GRPO loss and metrics", tokens._grpo_metrics)):
+        fast = torch.compile(loss)
+        theirs, exact = (lambda new, old, f=f: f(new, old, a, x.mask)[0] for f in (fast, loss))
+        yield Case(f"torch.compile {name} {size}", theirs, ours, (x.logprob, x.old), exact=exact)
+    theirs, exact = (lambda v, f=f: f(v, x.mask) for f in (torch.compile(tokens._whitened), tokens._whitened))
+    ours = lambda v: masked_whiten(v, x.mask)  # noqa: E731
+    yield Case(f"torch.compile whitening {size}", theirs, ours, (x.values,), leaves=0, exact=exact)
+    theirs = lambda r: tokens._reshape(None, SimpleNamespace(group_rewards=r))()["advantages"]  # noqa: E731
+    ours = lambda r: group_advantages(r, group_size=tokens.GROUP, eps=tokens.GROUP_EPS).advantages  # noqa: E731
+    yield Case(f"trl group advantages {rewards.numel()}", theirs, ours, (rewards,), leaves=0)
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +220,7 @@ def main(arguments: list[str]) -> None:
     info, rows = report.environment("cpu"), []
     print(report.hardware_line(info))
     print(f"{'host operation':62} {'host ms':>9} {'ours ms':>9} {'ratio':>6} {'host error':>10} {'ours':>8}")
-    for cases in (openrlhf_cases(), verl_cases(), llamafactory_cases()):
+    for cases in (openrlhf_cases(), verl_cases(), llamafactory_cases(), torch_cases()):
         for case in cases:
             if options.only not in case.name:
                 continue
