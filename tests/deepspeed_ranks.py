@@ -162,9 +162,9 @@ def main(folder: Path, stage: int | None) -> None:
         rank = dist.get_rank()
     torch.save(fused(stage, rank, ranks) | trainers(own, path, stage, ranks), own / "results.pt")
     if stage is not None:
-        os.environ |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage))
         for case in zero_ranks.RESUMED[stage]:
-            zero_ranks.resume(folder / "resumed" / case, case)
+            zero_ranks.resume(folder / "resumed" / case, case, stage)
+        os.environ |= dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage))  # as launched
     exact_norms()
     torch.save(zero_ranks.results(own), own / "rl.pt")
 

@@ -1,12 +1,14 @@
 """ZeRO-2 and ZeRO-3 on two processes train what one process trains: `fuse_lm_head`, TRL under the patch, our trainers;
 and a resumed run is the unbroken one.
 
-Needs DeepSpeed, which `make test` installs where it can: `DS_BUILD_OPS=0 pip install deepspeed`, run with 0.19.8.
+Needs DeepSpeed, which `make test` puts into a folder of the environment; run with 0.19.8.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("trl", minversion="1.16")
-if importlib.util.find_spec("deepspeed") is None:
-    pytest.skip("DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed", allow_module_level=True)
+FOLDER = Path(sys.prefix, "deepspeed")
+if importlib.util.find_spec("deepspeed") is None and not (FOLDER / "deepspeed").is_dir():
+    pytest.skip(f"DeepSpeed is neither installed nor in {FOLDER}: `make test` fetches it", allow_module_level=True)
 
 from ranks import torchrun  # noqa: E402
 from zero_ranks import CLIP  # noqa: E402
@@ -40,7 +43,10 @@ def alone(tmp_path_factory):
 def ranks(request, tmp_path_factory):
     """The folders of two ranks, which have resumed runs in passing."""
     folder = tmp_path_factory.mktemp("zero")
-    torchrun(SCRIPT, 2, folder, request.param, timeout=600)
+    with pytest.MonkeyPatch.context() as patch:
+        if FOLDER.is_dir():
+            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")])))
+        torchrun(SCRIPT, 2, folder, request.param, timeout=600)
     return [folder / "0", folder / "1"]
 
 

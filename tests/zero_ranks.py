@@ -5,6 +5,7 @@ fp32: DeepSpeed knows no fp64.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -63,14 +64,18 @@ def results(folder: Path) -> dict[str, dict]:
     return out
 
 
-def resume(folder: Path, case: str) -> None:
-    """Four steps are two steps, a kill and two more, bit for bit."""
+def resume(folder: Path, case: str, stage: int) -> None:
+    """Four steps are two steps, a kill and two more, bit for bit. DeepSpeed's configuration is a file."""
     main = dist.get_rank() == 0
     if main:
         folder.mkdir(parents=True)
         resume_cases.prepare(folder, case)
+        zero = {"stage": stage, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+        rest = {name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")}
+        rest |= dict(bf16={"enabled": "auto"}, gradient_accumulation_steps="auto")
+        (folder / "zero.json").write_text(json.dumps(rest | {"zero_optimization": zero}))
     dist.barrier()
-    sizes = dict(max_steps=4, save_steps=2)
+    sizes = dict(max_steps=4, save_steps=2, deepspeed=str(folder / "zero.json"))
     want = resume_cases.train(folder, "whole", case, **sizes)
     resume_cases.train(folder, "parts", case, **sizes)
     if main:
