@@ -20,12 +20,12 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.losses import variants as _variants  # noqa: F401  (registers the kinds)
 from rlhf_fast.losses.options import DEFAULTS, check_options, own_high
-from rlhf_fast.losses.prepare import prepare_batch
+from rlhf_fast.losses.prepare import by_token, prepare_batch
 from rlhf_fast.losses.registry import PolicyTerms, unknown, variant
 from rlhf_fast.losses.segments import Segments
 from rlhf_fast.ops.fused import ReadyMade
 from rlhf_fast.ops.kl import MAX_LOG_RATIO, keep, kl_terms
-from rlhf_fast.ops.policy import SUMS, ClipTerms, Form, clip_loss, ratio_range, spread_numbers, takes_forms
+from rlhf_fast.ops.policy import SUMS, ClipTerms, Form, clip_loss, ratio_range, takes_forms
 from rlhf_fast.types import LossGrad, Metrics
 
 CLIPPING = ("clip", "cispo", "geo_mean", "dppo_tv")  # forms that count clipped tokens
@@ -229,7 +229,7 @@ class PolicyLoss(ReadyMade):
 
     def _composed(self, logprob: Tensor, entropy: Tensor | None, batch: Mapping[str, Any]) -> tuple[Tensor, Metrics]:
         """The general path: plain torch, gradient by autograd."""
-        batch = _by_token(batch, logprob.numel())
+        batch = by_token(batch, logprob.numel())
         weight, advantages = batch["weight"], batch["advantages"]
         valid = weight != 0
         policy_weight, entropy_weight = self._entropy_masked(entropy, batch)
@@ -305,21 +305,6 @@ class PolicyLoss(ReadyMade):
             if name.startswith("metric/"):
                 metrics[name.removeprefix("metric/")] = value * share
         return metrics
-
-
-def _by_token(batch: Mapping[str, Any], n: int) -> Mapping[str, Any]:
-    """The batch with one number per token, masked, where it has them per sequence (see `prepare_batch`)."""
-    if "mask" not in batch:
-        return batch
-    weight, mask = batch["weight"], batch["mask"]
-    valid = torch.ones(n, dtype=weight.dtype, device=weight.device) if mask is None else mask.to(weight.dtype)
-    if batch.get("segments") is not None:
-        batch["segments"].valid = valid
-    spread = lambda t: spread_numbers(t, n, batch["offsets"], batch["length"])  # noqa: E731
-    out = {**batch, "weight": spread(weight) * valid, "advantages": keep(spread(batch["advantages"]), valid)}
-    if "entropy_weight" in batch:
-        out["entropy_weight"] = spread(batch["entropy_weight"]) * valid
-    return out
 
 
 def _segments(batch: Mapping[str, Any]) -> Segments:

@@ -13,6 +13,7 @@ from rlhf_fast.losses.registry import unknown, variant
 from rlhf_fast.losses.segments import Segments
 from rlhf_fast.losses.weights import aggregation_factor, log_weight_share, masked_quantile, rollout_correction
 from rlhf_fast.ops.kl import keep
+from rlhf_fast.ops.policy import spread_numbers
 
 if TYPE_CHECKING:
     from rlhf_fast.losses.policy import PolicyLoss
@@ -94,6 +95,21 @@ def prepare_batch(
     if not compact:
         _add_policy_weight(o, out, given, importance, valid, segments)
     _add_entropy(o, out, given, numbers, normalizer, valid, tokens)
+    return out
+
+
+def by_token(batch: Mapping[str, Any], n: int) -> Mapping[str, Any]:
+    """The batch with one number per token, masked, where it has them per sequence (see `prepare_batch`)."""
+    if "mask" not in batch:
+        return batch
+    weight, mask = batch["weight"], batch["mask"]
+    valid = torch.ones(n, dtype=weight.dtype, device=weight.device) if mask is None else mask.to(weight.dtype)
+    if batch.get("segments") is not None:
+        batch["segments"].valid = valid
+    spread = lambda t: spread_numbers(t, n, batch["offsets"], batch["length"])  # noqa: E731
+    out = {**batch, "weight": spread(weight) * valid, "advantages": keep(spread(batch["advantages"]), valid)}
+    if "entropy_weight" in batch:
+        out["entropy_weight"] = spread(batch["entropy_weight"]) * valid
     return out
 
 
