@@ -18,34 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from rlhf_fast.trainers.callbacks import SkipBrokenSteps, or_broken, warn_of_fp16
-from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, placing, read_marker, writing
+from rlhf_fast.trainers.checkpoint import read_marker
 from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
+from rlhf_fast.trainers.meters import Sums
 from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
-from rlhf_fast.trainers.restore import (
-    OPTIMIZER,
-    check_fits,
-    load_optimizer,
-    load_state,
-    load_tensors,
-    load_weights,
-    own_file,
-    save_tensors,
-)
+from rlhf_fast.trainers.restore import load_state, own_file
+from rlhf_fast.trainers.resumable import ResumableTrainer
 from rlhf_fast.trainers.run_log import peak_memory_mb
-from rlhf_fast.trainers.sharding import SAME_PROCESSES, exact_precision, full_state, gathered_state
+from rlhf_fast.trainers.sharding import exact_precision
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 
 Totals = dict[str, Tensor]  # 0-d, over all micro-batches and ranks of a step
+PEAK = "peak_memory_mb_max"  # over the processes
 
 
-class FusedTrainer(Trainer):
+class FusedTrainer(ResumableTrainer):
     """A `transformers.Trainer` with exact normalisers, metrics averaged over the logging window, broken steps skipped.
 
     Subclasses define `counts` and `share`, and may extend `totals`, `finish_metrics` and `extra_state`.
@@ -87,11 +80,10 @@ class FusedTrainer(Trainer):
         self.broken_steps = broken.steps
         self.add_callback(broken)
         self.add_callback(_AfterStep(self))
-        self._step, self._window, self._window_steps, self._evaluation = _Sums(), _Sums(), 0, _Sums()
+        self._step, self._window, self._window_steps, self._evaluation = Sums(), Sums(), 0, Sums()
         self._tokens: Tensor | int = 0
-        self.loss_before, self._resumed = 0.0, None
+        self.loss_before = 0.0
         self.signals, self.stopping = StopSignals(), False
-        self.run_options: dict[str, Any] = {}  # of the run's configuration: a resumed run is held against them
         self._tokens_since = time.perf_counter()
 
     # ---- what a stage is
@@ -106,7 +98,7 @@ class FusedTrainer(Trainer):
 
     def totals(self, batches: Iterable[Mapping[str, Any]]) -> Totals:
         """`counts` over the micro-batches and all ranks, before any of them is computed."""
-        sums = _Sums()
+        sums = Sums()
         for batch in batches:
             sums.add(self.counts(batch))
         return sums.reduced(self.accelerator)
@@ -122,13 +114,6 @@ class FusedTrainer(Trainer):
         """The metrics of the step just made, over its micro-batches and all ranks."""
         return self._step.reduced(self.accelerator)
 
-    def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside model, optimiser, schedule and random states."""
-        return {}
-
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `extra_state` gave."""
-
     # ---- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -139,14 +124,10 @@ class FusedTrainer(Trainer):
         Args:
             resume_from_checkpoint: a path, or True or "latest" for the newest complete one in output_dir.
         """
-        wanted = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        wanted = self.checkpoint_to_resume(resume_from_checkpoint)
         self.stopping = False
-        if wanted is not None and self.is_deepspeed_enabled:  # the Trainer leaves all else to the engine
-            fits = dict(stage=type(self).__name__, processes=self.args.world_size, options=self.run_options)
-            if check_fits(wanted, **fits) != self.args.world_size:
-                raise ValueError(f"resume_from_checkpoint: {SAME_PROCESSES}")
         with self.signals, memory_advice(self.args, "training"):
-            return super().train(None if wanted is None else str(wanted), *args, **kwargs)
+            return super().train(wanted, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluate`, with the same."""
@@ -196,7 +177,7 @@ class FusedTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        self._step = _Sums()
+        self._step = Sums()
         return batches, self.totals(batches)
 
     def training_step(
@@ -234,14 +215,14 @@ class FusedTrainer(Trainer):
             logs["peak_memory_mb"] = round(peak, 1)
             if self.broken_steps.skipped or self.broken_steps.scaler is not None:
                 logs |= self.broken_steps.metrics()
-            self._window, self._window_steps, self._tokens, self._tokens_since = _Sums(), 0, 0, now
+            self._window, self._window_steps, self._tokens, self._tokens_since = Sums(), 0, 0, now
         super().log(logs, start_time)
 
     # ---- evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Count the whole evaluation set, then add up its batches' shares."""
-        start, self._evaluation = time.perf_counter(), _Sums()
+        start, self._evaluation = time.perf_counter(), Sums()
         with torch.no_grad():
             self._evaluation_totals = self.totals(map(self._evaluation_batch, dataloader))
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -274,107 +255,6 @@ class FusedTrainer(Trainer):
 
     # ---- checkpoints
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The whole model, also where it is sharded; put into `output_dir` once all of it is written."""
-        folder, state = output_dir or self.args.output_dir, full_state(self.accelerator, self.model)
-        if _internal_call:
-            self._write_model(folder, state)
-            return
-        with placing(folder, self.accelerator, needed=expected_bytes([self.model])) as part:
-            self._write_model(str(part), state)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _write_model(self, folder: str, state: dict[str, Tensor] | None) -> None:
-        if state is None:
-            super().save_model(folder, True)
-        elif self.args.should_save:
-            self._save(folder, state_dict=state)
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "peft_config") and getattr(model, "generation_config", None):
-            model.generation_config.save_pretrained(folder)  # what an adapter is saved without
-        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """The Trainer's files, written as `rlhf_fast.trainers.checkpoint` says."""
-        args, state = self.args, self.state
-        run_dir = Path(self._get_output_dir(trial))
-        self.store_flos()
-        if state.best_global_step:
-            best = run_dir / f"checkpoint-{state.best_global_step}"
-            if best.is_dir() or state.best_global_step == state.global_step:
-                state.best_model_checkpoint = str(best)
-        about = dict(step=state.global_step, stage=type(self).__name__, processes=args.world_size)
-        about |= dict(resumable=not args.save_only_model, options=self.run_options)
-        keep = dict(limit=args.save_total_limit, best=state.best_model_checkpoint)
-        needed = expected_bytes([self.model], None if args.save_only_model else self.optimizer)
-        folder = run_dir / f"checkpoint-{state.global_step}"
-        weights, optimizer = full_state(self.accelerator, self.model), None
-        sharded = weights is not None and not self.is_deepspeed_enabled
-        if sharded and not args.save_only_model:  # gathered before a process can fail to write
-            optimizer = gathered_state(self.accelerator, self.optimizer.state_dict())
-        with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
-            self._write_model(str(part), weights)
-            if not args.save_only_model:
-                self._save_training(part, optimizer)
-            if args.should_save:
-                self._export_callbacks()
-                state.save_to_json(str(part / "trainer_state.json"))
-        if args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-
-    def _export_callbacks(self) -> None:
-        kept = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                name, own = type(callback).__name__, callback.state()
-                kept[name] = [*kept[name], own] if isinstance(kept.get(name), list) else own
-
-    def _save_training(self, part: Path, optimizer: dict[str, Any] | None) -> None:
-        """What else a run needs to go on; `optimizer` is its whole state where it is sharded."""
-        if optimizer is None:
-            self._save_optimizer_and_scheduler(str(part))
-        elif self.args.should_save:
-            torch.save(optimizer, part / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), part / SCHEDULER)
-        self._save_scaler(str(part))
-        self._save_rng_state(str(part))
-        torch.save(self._window_state(), part / own_file(self.args.process_index))
-        if self.args.should_save:
-            save_tensors(self.extra_state(), part / EXTRA_STATE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder, target = Path(resume_from_checkpoint), self.model if model is None else model
-        options, processes = self.run_options, self.args.world_size
-        check_fits(folder, stage=type(self).__name__, processes=processes, options=options)
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_weights(target, folder)  # the Trainer only warns where the weights are another model's
-
-    def _load_best_model(self) -> None:
-        if self.accelerator.is_fsdp2:
-            load_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self._resumed = checkpoint
-        if checkpoint is None:
-            return
-        if self.accelerator.is_fsdp2:
-            load_optimizer(self.optimizer, Path(checkpoint))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
-        else:
-            try:
-                super()._load_optimizer_and_scheduler(checkpoint)
-            except (ValueError, KeyError) as error:
-                words = f"resume_from_checkpoint: the optimiser in {checkpoint} is of other parameters: {error}"
-                raise ValueError(words) from error
-        self.load_extra_state(load_tensors(Path(checkpoint) / EXTRA_STATE))
-
     def _window_state(self) -> dict[str, Any]:
         """This process's part of what is logged next, and the counters of the run."""
         return {
@@ -397,7 +277,7 @@ class FusedTrainer(Trainer):
             states = [load_state(folder / own_file(process))]
         else:  # the first one takes the sums of all; each an equal share of what the log averages or multiplies
             states = [load_state(folder / own_file(i)) for i in range(before)]
-        self._window = _Sums()
+        self._window = Sums()
         for state in states if before == processes or process == 0 else ():
             self._window.add({name: value.to(device) for name, value in state["window"].items()})
         share = 1 if before == processes else processes
@@ -442,36 +322,3 @@ class _AfterStep(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stopping:
             raise Stopped(self.trainer.signals.signum, f" after step {state.global_step}, which is saved")
-
-
-PEAK = "peak_memory_mb_max"  # over the processes
-EXTRA_STATE = "stage_state.safetensors"
-SCHEDULER = "scheduler.pt"  # as the Trainer calls it
-
-
-class _Sums:
-    """Named 0-d tensors added up in fp64 on their device, extremes for names in _max and _min."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, new: Mapping[str, Tensor]) -> None:
-        for name, value in new.items():
-            value = value.detach().double()
-            self.values[name] = _pick(name)(self.values[name], value) if name in self.values else value
-
-    def reduced(self, accelerator: Any, divisor: int = 1) -> dict[str, Tensor]:
-        """Over all ranks, in one exchange; sums divided by `divisor`."""
-        if not self.values:
-            return {}
-        names, stacked = list(self.values), torch.stack([v.to(accelerator.device) for v in self.values.values()])
-        if accelerator.num_processes > 1:
-            ranks = accelerator.gather(stacked[None])
-            kinds = {"_max": ranks.amax(0), "_min": ranks.amin(0)}
-            stacked = torch.stack([kinds.get(name[-4:], ranks.sum(0))[i] for i, name in enumerate(names)])
-        scale = max(divisor, 1)
-        return {n: v if n[-4:] in ("_max", "_min") else v / scale for n, v in zip(names, stacked, strict=True)}
-
-
-def _pick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add

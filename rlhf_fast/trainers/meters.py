@@ -1,11 +1,12 @@
-"""Values recorded over the steps of a logging window."""
+"""Metrics: values over the steps of a logging window, sums over micro-batches and ranks; extremes by their names."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -41,3 +42,32 @@ def _reduced(name: str, values: list[Any]) -> float:
     if name.endswith("_min"):
         return min(numbers)
     return sum(numbers) / len(numbers)
+
+
+class Sums:
+    """Named 0-d tensors added up in fp64 on their device, extremes for names in _max and _min."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, new: Mapping[str, Tensor]) -> None:
+        for name, value in new.items():
+            value = value.detach().double()
+            self.values[name] = pick(name)(self.values[name], value) if name in self.values else value
+
+    def reduced(self, accelerator: Any, divisor: int = 1) -> dict[str, Tensor]:
+        """Over all ranks, in one exchange; sums divided by `divisor`."""
+        if not self.values:
+            return {}
+        names, stacked = list(self.values), torch.stack([v.to(accelerator.device) for v in self.values.values()])
+        if accelerator.num_processes > 1:
+            ranks = accelerator.gather(stacked[None])
+            kinds = {"_max": ranks.amax(0), "_min": ranks.amin(0)}
+            stacked = torch.stack([kinds.get(name[-4:], ranks.sum(0))[i] for i, name in enumerate(names)])
+        scale = max(divisor, 1)
+        return {n: v if n[-4:] in ("_max", "_min") else v / scale for n, v in zip(names, stacked, strict=True)}
+
+
+def pick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """How two values of this name become one."""
+    return torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add

@@ -17,6 +17,7 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.brakes import Brakes
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.meters import pick
 from rlhf_fast.trainers.models.hf_utils import (
     check_window,
     load_model,
@@ -355,8 +356,7 @@ def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float
 def add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Add `new` into `total`; extremes where the name says so."""
     for name, value in new.items():
-        pick = torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add
-        total[name] = pick(total[name], value) if name in total else value
+        total[name] = pick(name)(total[name], value) if name in total else value
 
 
 def run_rl(
