@@ -197,13 +197,13 @@ def test_one_process_takes_what_two_had_alike(runs, alone, monkeypatch, case):
 
     def only_start(trainer):
         trainer.start()
-        taken.append(trainer)
+        taken.append((trainer, torch.initial_seed()))
         return {}
 
     for trainer_class in (GRPOTrainer, PPOTrainer):
         monkeypatch.setattr(trainer_class, "run", only_start)
     warned = alone(case, "taken", "fsdp2/checkpoint-2")
-    (trainer,), checkpoint, again = taken, runs[case] / "fsdp2" / "checkpoint-2", runs[case] / "taken again"
+    ((trainer, seed),), checkpoint, again = taken, runs[case] / "fsdp2" / "checkpoint-2", runs[case] / "taken again"
     assert len([text for text in warned if "written by 2 processes, this run has 1" in text]) == 1
     assert [text for text in warned if "2 updates of a rollout" in text] or case != "grpo"
 
@@ -218,6 +218,8 @@ def test_one_process_takes_what_two_had_alike(runs, alone, monkeypatch, case):
     trainer.loop.snapshot.save_model(again)
     assert differences(model(checkpoint), model(again)) == []
     assert trainer.loop.state.global_step == 2
+    seeds = {seed, trainer.shuffle.initial_seed(), trainer.sampler.generator.initial_seed()}
+    assert not seeds & {trainer.config.seed, trainer.config.seed + 1}  # whose numbers the first rollouts had
 
 
 def test_two_processes_go_on_from_one(runs, alone):
