@@ -12,6 +12,9 @@ from rlhf_fast.trainers.data.collators import PairCollator
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
 from rlhf_fast.trainers.data.readers import Rows
 
+new = "activation_checkpointing"  # its name from transformers 5.20 or so on
+CHECKPOINTING = {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": True}
+
 PAIRS = [
     {"prompt": f"{i}{9 - i}4>", "chosen": "123456"[: 1 + (i * 5) % 6], "rejected": "98765"[: 1 + (i * 3) % 5]}
     for i in range(8)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from stage_cases import (
+    CHECKPOINTING,
     PAIRS,
     arguments,
     each_answer,
@@ -131,7 +132,7 @@ def test_micro_batches_packing_and_checkpointing_change_nothing(tmp_path):
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=8, packing=True),
         dict(per_device_train_batch_size=8, packing=True),
-        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, activation_checkpointing=True),
+        dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, **CHECKPOINTING),
     ):
         parts, other = one_step(make, **options)
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "loss/sft"):

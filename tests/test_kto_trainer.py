@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from stage_cases import (
+    CHECKPOINTING,
     PAIRS,
     arguments,
     folders,
@@ -118,7 +119,7 @@ def test_micro_batches_of_one_label_packing_and_checkpointing_change_nothing(tmp
     for options in (
         dict(per_device_train_batch_size=3, gradient_accumulation_steps=4),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=12, packing=True),
-        dict(per_device_train_batch_size=12, packing=True, activation_checkpointing=True),
+        dict(per_device_train_batch_size=12, packing=True, **CHECKPOINTING),
     ):
         parts, other = one_step(make, **options)
         for name in ("loss", "kl", "rewards/chosen", "rewards/margins", "logps/rejected", "loss/chosen"):

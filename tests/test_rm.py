@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from stage_cases import (
+    CHECKPOINTING,
     PAIRS,
     arguments,
     each_answer,
@@ -97,7 +98,7 @@ def test_micro_batches_packing_and_checkpointing_change_nothing(tmp_path):
     for options in (
         dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=8, packing=True),
-        dict(per_device_train_batch_size=8, packing=True, activation_checkpointing=True),
+        dict(per_device_train_batch_size=8, packing=True, **CHECKPOINTING),
     ):
         parts, other = one_step(make, **options)
         for name in ("loss", "rewards/margins", "rewards/std", "rewards_max", "rewards_min"):

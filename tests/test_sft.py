@@ -219,7 +219,8 @@ def test_a_run_learns_and_leaves_its_files(folders):
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert model.config.use_cache
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 3
+    assert tokenizer.eos_token_id == 3
+    assert model.generation_config.eos_token_id in (3, [3])  # transformers 5.17 saves a list
     text = make_rows()[1]
     ids = torch.tensor([tokenizer(text["prompt"])["input_ids"]])
     done = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
