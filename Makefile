@@ -22,7 +22,7 @@ test: $(VENV)/.installed-test $(VENV)/.hosts $(VENV)/.deepspeed
 	$(BIN)/python -m pytest tests
 
 # Both libraries must be in the process before Python: it is not built with them.
-SANITIZED  := row_pass_cpp policy_cpp divergence_rows value advantages ppo_advantages fuzz_ops
+SANITIZED  := row_pass_cpp policy_cpp kl divergence_rows value advantages ppo_advantages fuzz_ops
 SANITIZERS := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
               ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.installed-test
