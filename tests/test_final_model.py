@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import grpo_cases
+import ppo_cases
 import resume_cases as cases
 import torch
 from safetensors.torch import load_file
@@ -21,7 +22,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlhf_fast.trainers import checkpoint as files
 from rlhf_fast.trainers.base import FusedTrainer
+from rlhf_fast.trainers.reward_calls import RewardError
 from rlhf_fast.trainers.rl import RLTrainer
+from rlhf_fast.trainers.run_log import read_log
 from rlhf_fast.trainers.signals import Stopped
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
@@ -155,3 +158,38 @@ def test_a_signal_after_the_last_step_does_not_cost_the_model(tmp_path, monkeypa
     assert stopped.value.code == 143
     assert AutoModelForCausalLM.from_pretrained(folder / "out").dtype == torch.float32
     assert grpo_cases.log_rows(folder / "out")
+
+
+class Fails:
+    """A reward function that fails in its third rollout of four."""
+
+    def __init__(self, error, fails=True):
+        self.calls, self.error, self.fails = 0, error, fails
+
+    def __call__(self, completion_ids, **_):
+        self.calls += 1
+        if self.calls == 3 and self.fails:
+            raise self.error
+        return grpo_cases.digits_sum(completion_ids)
+
+
+@pytest.mark.parametrize("trainer", [grpo_cases.trainer, ppo_cases.trainer])
+def test_a_reward_that_fails_does_not_cost_the_steps_before(tmp_path, trainer):
+    """The run goes on behind them."""
+    sizes = dict(max_steps=4, save_steps=0, steps_per_generation=1)
+    if trainer is ppo_cases.trainer:
+        del sizes["steps_per_generation"]
+    with (
+        pytest.warns(UserWarning, match="checkpoint-2 holds the 2 steps made before the error"),
+        pytest.raises(RewardError, match="raised OSError"),
+    ):
+        trainer(tmp_path, reward=Fails(OSError("no route to the judge")), **sizes).train()
+    assert files.flaw(tmp_path / "checkpoint-2") is None
+    summary = trainer(tmp_path, reward=Fails(None, fails=False), resume_from_checkpoint="latest", **sizes).train()
+    assert summary["steps"] == 4
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4]
+    broken = trainer(tmp_path / "first", reward=Fails(OSError("at once")), **sizes)
+    broken.rewards.functions[0].calls = 2
+    with pytest.raises(RewardError):
+        broken.train()
+    assert not list((tmp_path / "first").glob("checkpoint-*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pytest
 from test_data import word_tokenizer
@@ -23,7 +24,10 @@ from rlhf_fast.trainers.data.templates import apply_template  # noqa: E402
 from rlhf_fast.trainers.data.tokenize import tokenize_prompts, tokenize_sft  # noqa: E402
 
 health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-few = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=health, database=None)
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))  # of each test; 0: some that are always the same
+few = settings(
+    deadline=None, max_examples=EXAMPLES or 60, derandomize=not EXAMPLES, suppress_health_check=health, database=None
+)
 READ = [tokenize_sft, tokenize_prompts, tokenize_pairs, tokenize_kto]
 SUFFIXES = [".jsonl", ".json", ".csv", ".jsonl.gz", ".parquet", ".arrow"]
 

@@ -21,6 +21,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,6 +271,23 @@ class Loop:
             self.bar.close()
             self.log.close()
             raise Stopped(stop, f" after step {self.state.global_step}, which is saved")
+
+    def rescue(self) -> None:
+        """A checkpoint of the steps made so far, of a run that something outside of the model ends.
+
+        One process alone: of several, others are still at work. What it resumes with are the next prompts.
+        """
+        step = self.state.global_step
+        folder = Path(self.config.output_dir) / f"checkpoint-{step}"
+        if self._in_step or not step or self.accelerator.num_processes > 1 or files.read_marker(folder).get("step"):
+            return
+        self.log.sync()
+        try:
+            self.snapshot.save()
+        except files.CheckpointError as error:
+            warnings.warn(f"the steps made so far could not be saved: {error}", stacklevel=2)
+        else:
+            warnings.warn(f"{folder} holds the {step} steps made before the error", stacklevel=2)
 
     # ---- metrics
 

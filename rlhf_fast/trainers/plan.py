@@ -306,8 +306,9 @@ def _update_phases(
     if needs_reference(config) or config.stage == "ppo":
         at_once, part, beside = work, prints[""].without_grad, tile
         if config.stage == "ppo":  # asks every role about the rollout, per_device_eval_batch_size sequences at once
-            share = config.per_device_eval_batch_size / work.rows
-            at_once = Work(config.per_device_eval_batch_size, work.length, round(work.scored * share))
+            count = min(config.per_device_eval_batch_size, config.sizes(processes)[0] * config.num_generations)
+            share = count / work.rows
+            at_once = Work(count, work.length, round(work.scored * share))
             part, beside = (
                 round(part * share),
                 tile._replace(bytes=_head_bytes(roles[""], at_once, config, device).tile),

@@ -17,6 +17,7 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.trainers.brakes import Brakes
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.memory_advice import OutOfMemory
 from rlhf_fast.trainers.meters import pick
 from rlhf_fast.trainers.models.hf_utils import (
     check_window,
@@ -27,10 +28,12 @@ from rlhf_fast.trainers.models.hf_utils import (
 )
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
 from rlhf_fast.trainers.restore import seed_from
+from rlhf_fast.trainers.reward_calls import RewardError
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
+from rlhf_fast.trainers.rollout.http_client import ServerError
 from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
 from rlhf_fast.trainers.sharding import check_whole, load_whole
@@ -291,10 +294,15 @@ class RLTrainer:
     def train(self) -> dict[str, Any]:
         """Run to `max_steps` (or `num_train_epochs`), save the model, return what `summary.json` holds.
 
-        Goes on from the checkpoint of `resume_from_checkpoint`. Ctrl-C and SIGTERM end it after the step, saved.
+        Goes on from the checkpoint of `resume_from_checkpoint`. Ctrl-C and SIGTERM end it after the step, saved; so do
+        faults between two steps outside of the model: of a reward function, the rollout server, memory.
         """
         with self.loop.signals:
-            return self.run()
+            try:
+                return self.run()
+            except (RewardError, ServerError, OutOfMemory):
+                self.loop.rescue()
+                raise
 
     def run(self) -> dict[str, Any]:
         raise NotImplementedError
