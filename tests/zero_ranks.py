@@ -61,7 +61,29 @@ def results(folder: Path) -> dict[str, dict]:
             trainer.loop.update = update
         skipped = trainer.loop.broken_steps.skipped
         out[name] = {"weights": rl_ranks.weights_of(trainer), "metrics": metrics, "skipped": skipped}
+        if ranks > 1 and name in ("grpo", "ppo, lora"):
+            take_back(trainer, folder.parent / "saved" / name)
     return out
+
+
+def take_back(trainer, folder: Path) -> None:
+    """Weights that were saved replace those of a later step, as the best model's do, also in the optimiser."""
+    loop, step = trainer.loop, STEPS + 1
+    want = rl_ranks.weights_of(trainer)
+    loop.snapshot.save_model(folder)
+    dist.barrier()
+    rl_ranks.make_step(trainer, *rl_ranks.rollout(step))
+    changed = rl_ranks.weights_of(trainer)
+    assert not want or any(not torch.equal(changed[n], w) for n, w in want.items())
+    loop.spread.load_weights(loop.model, folder)
+    got = rl_ranks.weights_of(trainer)
+    assert all(torch.equal(got[n], w) for n, w in want.items() if n.startswith("policy."))
+    for group in loop.optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    loop.scheduler.base_lrs = [0.0] * len(loop.scheduler.base_lrs)
+    rl_ranks.make_step(trainer, *rl_ranks.rollout(step))
+    got = rl_ranks.weights_of(trainer)
+    assert all(torch.equal(got[n], w) for n, w in want.items() if n.startswith("policy."))
 
 
 def resume(folder: Path, case: str, stage: int) -> None:

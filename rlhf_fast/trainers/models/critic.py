@@ -34,12 +34,13 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.to(self.weight.dtype) @ self.weight + self.bias
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the head to `value_head.safetensors` in `folder`."""
+    def save_pretrained(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the head to `value_head.safetensors` in `folder`; `state_dict` has its weights where it is sharded."""
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}, _head_file(folder))
+        state = self.state_dict() if state_dict is None else state_dict
+        save_file({name: p.detach().cpu().contiguous() for name, p in state.items()}, _head_file(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> ValueHead:
