@@ -43,7 +43,7 @@ CASES = {
     "rm": dict(per_device_train_batch_size=1),
     "dpo": dict(per_device_train_batch_size=2),
     "kto": dict(per_device_train_batch_size=2),
-    "grpo": dict(max_tokens_per_micro_batch=40),  # not as many micro-batches on every process
+    "grpo": dict(share_prompts=False, max_tokens_per_micro_batch=24),  # not as many micro-batches on every process
     "ppo": LORA,
     "ppo shared": dict(critic="shared", per_device_train_batch_size=2),
 }
