@@ -80,7 +80,7 @@ def test_names():
         ValueError, match=r"unknown template 'qwenn'; did you mean 'qwen'\? Known: default, empty, chatml"
     ):
         check_name("qwenn")
-    with pytest.raises(ValueError, match=r"unknown template 'xyzzy' Known"):
+    with pytest.raises(ValueError, match=r"unknown template 'xyzzy'\. Known"):
         apply_template(word_tokenizer(), "xyzzy")
 
 

@@ -187,8 +187,10 @@ FORMATS |= {name: FORMATS["gemma"] for name in ("gemma2", "gemma3")} | {"phi3": 
 def check_name(name: str | None) -> None:
     """Raise ValueError naming the nearest known template when `name` is none."""
     if name and name not in PLAIN and name not in FORMATS:
+        hint = nearest(name, [*FORMATS, *PLAIN]) or "."
+        known = ", ".join([*PLAIN, *FORMATS])
         raise ValueError(
-            f"unknown template {name!r}{nearest(name, [*FORMATS, *PLAIN])}. Known: {', '.join([*PLAIN, *FORMATS])}. "
+            f"unknown template {name!r}{hint} Known: {known}. "
             "Without `template`, the tokenizer's own chat template is used"
         )
 
