@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test $(VENV)/.hosts $(VENV)/.deepspeed
 # Both libraries must be in the process before Python: it is not built with them.
 SANITIZED  := row_pass_cpp policy_cpp kl divergence_rows value advantages ppo_advantages fuzz_ops
 SANITIZERS := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=1
+              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.installed-test
 	cmake -S . -B build/sanitize -DRLHF_FAST_SANITIZE=ON -DRLHF_FAST_CUDA=off -DCMAKE_CXX_FLAGS=-O1 \
 	    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(abspath $(BIN)/python)

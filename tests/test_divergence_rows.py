@@ -238,7 +238,7 @@ def test_one_side_alone_leaves_the_other_tile(backend, device):
     assert torch.equal(y, before)
 
 
-def test_wide_rows_are_split(device):
+def test_triton_splits_wide_rows(device):
     """Triton cuts a row of 40000 into three programs; their sums are added in order."""
     pytest.importorskip("triton", reason="triton is not installed")
     z, y = tiles(2, 40000, device)
