@@ -166,6 +166,9 @@ def test_another_model_or_optimiser_is_refused(tmp_path):
     groups = torch.optim.AdamW([dict(params=[p]) for p in loop.unwrapped.parameters()])
     with pytest.raises(ValueError, match=r"checkpoint-1 has parameter groups of \[\d+.*\] tensors, this run's of \[1"):
         restore.load_optimizer(groups, tmp_path / "checkpoint-1")
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "checkpoint-1" / restore.OPTIMIZER)  # as ZeRO's
+    with pytest.raises(ValueError, match="checkpoint-1 was written under DeepSpeed and goes on under it alone"):
+        restore.load_optimizer(groups, tmp_path / "checkpoint-1")
     wide = type(loop.unwrapped)(
         type(loop.unwrapped.config)(**{**loop.unwrapped.config.to_dict(), "intermediate_size": 40})
     )

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from rlhf_fast import fused_linear_loss
 from rlhf_fast.losses import PolicyLoss, policy_loss, register_policy_loss
@@ -234,6 +235,9 @@ def test_largest():
     assert largest(scores, eligible, torch.tensor(2)).tolist() == [False, False, True, True, False]
     assert largest(scores, eligible, torch.tensor(99)).tolist() == eligible.tolist()
     assert not largest(scores, ~eligible & False, torch.tensor(2)).any()
+    with FakeTensorMode() as fake:  # no look at a count that is not there
+        given = map(fake.from_tensor, (scores, eligible, torch.tensor(2)))
+        assert largest(*given).shape == (5,)
 
 
 def test_top_entropy_by_threshold_of_the_current_entropy():

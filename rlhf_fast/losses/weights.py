@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.losses.segments import Segments
+from rlhf_fast.ops._eager import plain
 from rlhf_fast.ops.kl import MAX_LOG_RATIO
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "fixed_length")
@@ -93,7 +94,7 @@ def masked_quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
 
 def largest(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     """(N,) bool: the `count` () eligible tokens of the largest scores, the first among equals; no sync on a GPU."""
-    if scores.is_cpu and not torch.compiler.is_compiling():
+    if scores.is_cpu and plain(scores, eligible, count):
         return _largest_on_cpu(scores, eligible, int(count))
     order = torch.where(eligible, scores, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.trainers.beforehand import with_entropy_threshold, with_old, with_reference
 from rlhf_fast.trainers.credit import credit
 from rlhf_fast.trainers.data.tokenize import Prompt
@@ -46,7 +47,7 @@ from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.models.policy import Reference, updating_mode
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
-from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
+from rlhf_fast.trainers.rl import RLTrainer, run_rl
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
 CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "bnpo", "gspo", "luspo", "geo_mean")
@@ -224,17 +225,17 @@ class GRPOTrainer(RLTrainer):
 
         def loss_of(micro: MicroBatch) -> Tensor:
             out = self.fused_loss(micro, minibatch, on_policy=on_policy)
-            add_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
+            merge_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
             scored = micro.target_ids != IGNORE
             if micro.ref_logprob is not None:
                 kl = kl_by_estimator(out.logprob[scored], micro.ref_logprob[scored], minibatch.live_tokens)
-                add_metrics(sums, kl if self.config.beta else {**kl, "kl": kl["kl_k3"]})
+                merge_metrics(sums, kl if self.config.beta else {**kl, "kl": kl["kl_k3"]})
             if on_policy:
                 gap = (out.logprob - micro.extra.get("rollout_logprob", micro.old_logprob))[scored].abs()
                 gap = gap[gap.isfinite()]
                 largest = gap.max() if gap.numel() else gap.sum()
                 share = gap.sum() / minibatch.live_tokens
-                add_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
+                merge_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
             return out.loss
 
         self.loop.update(minibatch.micros, loss_of)

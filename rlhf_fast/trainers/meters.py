@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf_fast.ops._fused_run import merge_metrics
 
 
 class Meters:
@@ -51,9 +53,7 @@ class Sums:
         self.values: dict[str, Tensor] = {}
 
     def add(self, new: Mapping[str, Tensor]) -> None:
-        for name, value in new.items():
-            value = value.detach().double()
-            self.values[name] = pick(name)(self.values[name], value) if name in self.values else value
+        merge_metrics(self.values, {name: value.detach().double() for name, value in new.items()})
 
     def reduced(self, accelerator: Any, divisor: int = 1) -> dict[str, Tensor]:
         """Over all ranks, in one exchange; sums divided by `divisor`."""
@@ -66,8 +66,3 @@ class Sums:
             stacked = torch.stack([kinds.get(name[-4:], ranks.sum(0))[i] for i, name in enumerate(names)])
         scale = max(divisor, 1)
         return {n: v if n[-4:] in ("_max", "_min") else v / scale for n, v in zip(names, stacked, strict=True)}
-
-
-def pick(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """How two values of this name become one."""
-    return torch.maximum if name.endswith("_max") else torch.minimum if name.endswith("_min") else torch.add

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.ops.ppo import ppo_advantages
 from rlhf_fast.ops.value import gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
@@ -46,7 +47,7 @@ from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join,
 from rlhf_fast.trainers.ppo_metrics import rollout_metrics, rollout_sums
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
-from rlhf_fast.trainers.rl import RLTrainer, add_metrics, run_rl
+from rlhf_fast.trainers.rl import RLTrainer, run_rl
 from rlhf_fast.trainers.rollout.samplers import Rollout
 from rlhf_fast.trainers.running_stats import RunningStats
 from rlhf_fast.trainers.stepwise import as_queries, as_rollout
@@ -298,7 +299,7 @@ class PPOTrainer(RLTrainer):
 
         def loss_of(grid: Grid) -> Tensor:
             loss, metrics = self.losses(grid, experience, counts, on_policy=on_policy)
-            add_metrics(sums, {"loss": loss.detach(), **metrics})
+            merge_metrics(sums, {"loss": loss.detach(), **metrics})
             return loss
 
         self.loop.update(micros, loss_of)

@@ -97,11 +97,13 @@ def load_state(path: Path, *, mmap: bool = False) -> Any:
 def load_optimizer(optimizer: Any, folder: Path) -> None:
     """The state of all parameters, whole, into an optimiser of whole or of sharded ones.
 
-    Raises: ValueError when the optimiser in the folder has other parameters.
+    Raises: ValueError when the optimiser in the folder has other parameters, or lies in DeepSpeed's parts.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sharded = any(hasattr(p, "full_tensor") for p in parameters)
     state = load_state(folder / OPTIMIZER, mmap=sharded)
+    if not state["param_groups"]:
+        raise ValueError(f"resume_from_checkpoint: {folder} was written under DeepSpeed and goes on under it alone")
     if sharded:
         state["state"] = {i: _parts(own, parameters[i]) for i, own in state["state"].items() if i < len(parameters)}
     try:

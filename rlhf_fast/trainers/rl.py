@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
+from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.trainers.brakes import Brakes
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.memory_advice import OutOfMemory
-from rlhf_fast.trainers.meters import pick
 from rlhf_fast.trainers.models.hf_utils import (
     check_window,
     load_model,
@@ -235,7 +235,7 @@ class RLTrainer:
         values = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in kept.values()]).tolist() if kept else []
         total: dict[str, Tensor] = {}
         for mine in gather_object([dict(zip(kept, values, strict=True))]):
-            add_metrics(total, {name: torch.tensor(value, dtype=torch.float64) for name, value in mine.items()})
+            merge_metrics(total, {name: torch.tensor(value, dtype=torch.float64) for name, value in mine.items()})
         return total
 
     # ---- evaluation
@@ -359,12 +359,6 @@ def finite_mean(values: Tensor) -> float:
 def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
     empty = not callable(functions) and len(functions) == 0
     return None if empty else Rewards(functions, weights, timeout)
-
-
-def add_metrics(total: dict[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Add `new` into `total`; extremes where the name says so."""
-    for name, value in new.items():
-        total[name] = pick(name)(total[name], value) if name in total else value
 
 
 def run_rl(
