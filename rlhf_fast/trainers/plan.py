@@ -7,7 +7,8 @@ not run but counted by the sizes of its buffers.
 
     peak = resident + max over phases of what comes and goes in them
 
-Not counted: the interpreter and its libraries, the allocator's fragmentation, the CUDA context, the data.
+Not counted: the interpreter, its libraries and the kernels that they compile, the allocator's fragmentation, the CUDA
+context, the data.
 """
 
 from __future__ import annotations
