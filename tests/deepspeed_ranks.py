@@ -116,6 +116,7 @@ def trainers(folder: Path, path: str, stage: int | None, ranks: int) -> dict[str
     from trl_cases import trainer
 
     from rlhf_fast.integrations import trl as patched
+    from rlhf_fast.trainers.sharding import partitioned, state_of
 
     common = dict(max_steps=2, learning_rate=0.1, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant")
     if stage is not None:
@@ -138,8 +139,14 @@ def trainers(folder: Path, path: str, stage: int | None, ranks: int) -> dict[str
         folder / "sft", tiny(vocab_size=18, dtype=torch.float32), make_rows(8),
         **ours, per_device_train_batch_size=8 // ranks,
     ))  # fmt: skip
-    net = tiny(dtype=torch.float32)
-    run("dpo", dpo_trainer(folder / "dpo", net, ref=None, **ours, per_device_train_batch_size=8 // ranks))
+    for name, options in {"dpo": {}, "dpo, followed": dict(sync_steps=1, sync_alpha=0.3)}.items():
+        net = tiny(dtype=torch.float32)
+        options |= ours | dict(per_device_train_batch_size=8 // ranks)
+        made = dpo_trainer(folder / name, net, ref=None, **options)
+        if bool(partitioned(made.reference.model)) != (stage == 3):
+            raise RuntimeError(f"{name}, stage {stage}: the reference does not lie as the policy does")
+        run(name, made)
+        out[name] |= {f"reference.{n}": w for n, w in state_of(made.reference.model).items()}
     return out
 
 

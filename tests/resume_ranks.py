@@ -17,12 +17,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from ranks import exact_norms, fsdp2_on_the_cpu
 
 from rlhf_fast.cli.train import leave_ranks
 from rlhf_fast.trainers.config import make_config, run
 from rlhf_fast.trainers.models import hf_utils
+from rlhf_fast.trainers.models.policy import Reference
+from rlhf_fast.trainers.sharding import is_sharded
 
 
 def copy_checkpoint(checkpoint: Path, output: Path) -> None:
@@ -30,6 +33,18 @@ def copy_checkpoint(checkpoint: Path, output: Path) -> None:
     output.mkdir(parents=True)
     shutil.copytree(checkpoint, output / checkpoint.name)
     shutil.copy(checkpoint.parent / "trainer_log.jsonl", output)
+
+
+def check_references() -> None:
+    """From here on a reference of DPO or KTO that does not lie as the policy does is an error."""
+    lay_beside = Reference.lay_beside
+
+    def checked(self: Reference, accelerator: Accelerator) -> None:
+        lay_beside(self, accelerator)
+        if is_sharded(self.model) != accelerator.is_fsdp2:
+            raise RuntimeError(f"reference sharded: {is_sharded(self.model)}, the policy: {accelerator.is_fsdp2}")
+
+    Reference.lay_beside = checked
 
 
 def follow(plan: dict) -> None:
@@ -54,6 +69,7 @@ if __name__ == "__main__":
     exact_norms()
     hf_utils.DTYPES["float32"] = torch.float64
     fsdp2_on_the_cpu()
+    check_references()
     for plan in json.loads(Path(sys.argv[1], "runs.json").read_text()):
         follow(plan)
     leave_ranks()

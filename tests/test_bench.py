@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from rlhf_fast._backend import OPS, use_backend
 from rlhf_fast.benchmarks import cases, context, inputs, measure, memory, providers, report, suite
 from rlhf_fast.cli.main import app
 
@@ -384,6 +385,15 @@ def test_command_line(tmp_path):
     done = _cli("compare", str(saved), str(saved))
     assert done.exit_code == 0, done.output
     assert "B against A" in done.stdout
+
+
+def test_the_head_of_a_table_says_what_has_no_kernels():
+    with use_backend("torch"):
+        line = report.hardware_line(report.environment())
+    assert line.endswith("without kernels (see `rlhf-fast doctor`): " + ", ".join(OPS))
+    report_of_all = report.environment() | {"backends": dict.fromkeys(OPS, "cpp") | {"gae": "torch"}}
+    assert report.hardware_line(report_of_all).endswith("doctor`): gae")
+    assert "without" not in report.hardware_line(report_of_all | {"backends": dict.fromkeys(OPS, "cpp")})
 
 
 @pytest.mark.parametrize(

@@ -78,12 +78,19 @@ def test_stages_under_torchrun(tmp_path):
 @gloo
 def test_stages_under_fsdp2(tmp_path):
     outputs = write_runs(folders(tmp_path, ROWS), bf16=True, gradient_checkpointing=True)
+    pairs = [dict(prompt=r["prompt"], chosen=r["completion"], rejected="7") for r in ROWS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    values = run_options(tmp_path, "dpo-out", stage="dpo", save_steps=0, **SIZES)
+    values |= dict(dataset=str(tmp_path / "pairs.jsonl"), bf16=True, gradient_checkpointing=True)
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(values))
     torchrun(launch_runs.__file__, 2, tmp_path, "fsdp2")
     check_runs(outputs)
     config = json.loads((outputs["ppo"] / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     first = [json.loads((outputs[s] / "trainer_log.jsonl").read_text().splitlines()[0]) for s in ("ppo", "grpo")]
     assert [row["kl"] for row in first] == [0.0, 0.0]  # the reference is the policy, under the same roundings
+    margins = [json.loads(x)["rewards/margins"] for x in (tmp_path / "dpo-out/trainer_log.jsonl").open()]
+    assert margins[0] == 0.0 != margins[1]
 
 
 def accelerator(kind, plugin=None):

@@ -93,6 +93,13 @@ def test_precision_optimizer_and_sharding(config, values, weights, states, gradi
     assert phase(result, "optimizer step") == {"gradients": gradients}
 
 
+def test_a_reference_is_spread_as_the_policy_is(config):
+    for spread, share in ((dict(fsdp="full_shard"), 2), (dict(deepspeed={"zero_optimization": {"stage": 2}}), 1)):
+        held = resident(plan(config("dpo", **spread), processes=2))
+        assert held["reference"] == pytest.approx(WEIGHTS / share, rel=1e-2), spread
+        assert held["weights"] == pytest.approx(WEIGHTS / share, rel=1e-2), spread
+
+
 def test_lora_leaves_the_base_alone(config):
     pytest.importorskip("peft")
     result = plan(config(finetuning_type="lora", lora_rank=2, lora_target="q_proj", bf16=True))

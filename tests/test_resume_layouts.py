@@ -42,6 +42,9 @@ CASES = {
     ),
     "rm": dict(per_device_train_batch_size=1),
     "dpo": dict(per_device_train_batch_size=2),
+    "dpo ahead": dict(  # an odd number of batches
+        per_device_train_batch_size=2, sync_ref_model=False, precompute_ref_log_probs=True, precompute_ref_batch_size=3
+    ),
     "kto": dict(per_device_train_batch_size=2),
     "grpo": dict(share_prompts=False, max_tokens_per_micro_batch=24),  # not as many micro-batches on every process
     "ppo": LORA,

@@ -25,7 +25,7 @@ from rlhf_fast.trainers.ppo import PPOTrainer
 
 CLIP = 0.03
 STEPS, BROKEN = 3, 0  # the first step's loss is NaN on the last rank; in the second that rank has no score at all
-RESUMED = {2: ("grpo", "dpo"), 3: ("ppo", "sft")}
+RESUMED = {2: ("grpo", "dpo"), 3: ("ppo", "sft", "dpo")}
 
 
 def trainers(folder: Path, ranks: int):

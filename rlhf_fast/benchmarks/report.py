@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from rlhf_fast import _backend
 from rlhf_fast.benchmarks.suite import LIMIT, Row
 
 SCHEMA = 1
@@ -43,6 +44,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         },
         "versions": {"python": platform.python_version(), "os": platform.system()} | _versions(),
+        "backends": {op: _backend.backend(device, op) for op in _backend.OPS},
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -53,10 +55,12 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def hardware_line(info: dict[str, Any]) -> str:
-    """One line for the head of a table."""
+    """One line for the head of a table; it says so when ours is measured without its compiled kernels."""
     h, v = info["hardware"], info["versions"]
     where = h.get("gpu") or f"{h['cpu']}, {h['cores']} cores, {h['threads']} threads"
-    return f"{where}; torch {v.get('torch')}; commit {info['commit']}; {info['date']}"
+    slow = [op for op, backend in info.get("backends", {}).items() if backend == "torch"]
+    warning = f"; without kernels (see `rlhf-fast doctor`): {', '.join(slow)}" if slow else ""
+    return f"{where}; torch {v.get('torch')}; commit {info['commit']}; {info['date']}{warning}"
 
 
 def commit() -> str:

@@ -103,7 +103,7 @@ def plan(config: RunConfig, *, length: int | None = None, processes: int | None 
         work = micro_batch(config, length or config.cutoff_len, roles[""])
         prints = {name: footprint(model, work, config, notes) for name, model in roles.items()}
         resident = [part for name, model in roles.items() for part in _weights(name, model, config, processes)]
-        resident += _frozen_models(config, roles[""], notes)
+        resident += _frozen_models(config, roles[""], processes)
         phases = _update_phases(config, roles, prints, work, device, processes)
         if config.stage in ("ppo", "grpo"):
             phases += _rollout_phases(config, roles[""], work, device, processes, notes)
@@ -191,17 +191,17 @@ def _gradients(model: nn.Module, config: RunConfig, processes: int) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad) // _shares(config, processes)[1]
 
 
-def _frozen_models(config: RunConfig, model: nn.Module, notes: list[str]) -> list[Part]:
-    """Reference and reward models."""
-    parts = []
+def _frozen_models(config: RunConfig, model: nn.Module, processes: int) -> list[Part]:
+    """Reference, which is spread as the policy is, and reward models, which are not."""
+    parts, shares = [], _shares(config, processes)[0]
     if needs_reference(config):
         fresh = config.finetuning_type == "lora" and not config.additional_target and not find_adapters(config)[1]
         folder, followed = getattr(config, "ref_model", None), getattr(config, "sync_ref_model", False)
         knob = "finetuning_type: lora (the reference is the base)"
         if folder:
-            parts.append(Part("reference", _folder_bytes(folder, config, False), f"no ref_model; {knob}"))
+            parts.append(Part("reference", _folder_bytes(folder, config, False) // shares, f"no ref_model; {knob}"))
         elif not fresh or followed:
-            parts.append(Part("reference", sum(p.nbytes for p in model.parameters()), knob))
+            parts.append(Part("reference", sum(p.nbytes for p in model.parameters()) // shares, knob))
     for folder in names(getattr(config, "reward_model", None)):
         parts.append(
             Part(f"reward model {folder}", _folder_bytes(folder, config, True), "a smaller one, or saved in bf16")

@@ -24,7 +24,7 @@ from rlhf_fast.trainers.models.hf_utils import choose_attention, load_folder, vo
 from rlhf_fast.trainers.models.lora import merge_adapter
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.reference_config import ReferenceConfig
-from rlhf_fast.trainers.sharding import load_whole
+from rlhf_fast.trainers.sharding import autocast, load_whole, state_of, whole
 from rlhf_fast.types import FusedLoss
 
 
@@ -61,7 +61,7 @@ class ReferenceTrainer(FusedTrainer):
         self.sync_steps, self.sync_alpha, self.log_entropy = sync_steps, sync_alpha, log_entropy
         super().__init__(fuse_lm_head(model), args, disable_dropout=disable_dropout, **kwargs)
         if self.reference is not None:
-            self.reference.to(self.args.device)
+            self.reference.lay_beside(self.accelerator)
 
     def reference_sums(self, batch: dict[str, Any]) -> Tensor:
         """(rows, k): what the loss needs of the reference for each row of the dataset."""
@@ -73,7 +73,7 @@ class ReferenceTrainer(FusedTrainer):
 
         Computed in the very tiles in which the policy's are, so that equal weights give equal bits.
         """
-        with self.reference.active() as model, self.accelerator.autocast():
+        with self.reference.active() as model, autocast(self.accelerator, model):
             training, was = model.training, {}
             if training:  # the policy with its adapters off, which may be in training mode with dropout
                 was = {module: module.training for module in model.modules()}
@@ -141,18 +141,15 @@ class ReferenceTrainer(FusedTrainer):
         starts = range(0, len(dataset), batch_size)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         sums: Tensor | None = None
-        for start in starts[rank::ranks]:
+        for i in range(0, len(starts), ranks):  # a sharded reference wants as many forwards of every rank
+            start = starts[min(i + rank, len(starts) - 1)]
             rows = range(start, min(start + batch_size, len(dataset)))
             part = self.reference_sums(self._prepare_inputs(self.data_collator([dataset[i] for i in rows])))
             if sums is None:
                 sums = part.new_zeros(len(dataset), part.shape[1])
-            sums[start : rows.stop] = part
-        if ranks > 1:
-            width = torch.tensor([0 if sums is None else sums.shape[1]], device=self.args.device)
-            width = int(self.accelerator.gather(width).max())
-            sums = torch.zeros(len(dataset), width, device=self.args.device) if sums is None else sums
-            sums = self.accelerator.reduce(sums, reduction="sum")
-        return sums.cpu().numpy()
+            if i + rank < len(starts):
+                sums[start : rows.stop] = part
+        return self.accelerator.reduce(sums, reduction="sum").cpu().numpy()
 
 
 def reference_options(config: ReferenceConfig) -> dict[str, Any]:
@@ -231,8 +228,9 @@ def _hash_rows(dataset: Any) -> bytes:
 
 def _hash_weights(reference: Reference) -> bytes:
     found = hashlib.blake2b()
-    for name, weight in reference.model.state_dict().items():
+    for name, weight in state_of(reference.model).items():
         if not (reference.adapters_off and "lora_" in name):
+            weight = whole(weight)
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.digest()

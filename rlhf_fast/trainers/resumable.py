@@ -42,7 +42,7 @@ class ResumableTrainer(Trainer):
     # ---- what else a stage is
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside model, optimiser, schedule and random states."""
+        """What a checkpoint must hold beside model, optimiser, schedule and random states; tensors may be sharded."""
         return {}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -93,12 +93,13 @@ class ResumableTrainer(Trainer):
         folder = run_dir / f"checkpoint-{state.global_step}"
         weights, optimizer = full_state(self.accelerator, self.model), None
         sharded = weights is not None and not self.is_deepspeed_enabled
-        if sharded and not args.save_only_model:  # gathered before a process can fail to write
+        extra = gathered_state(self.accelerator, self.extra_state())  # before a process can fail to write
+        if sharded and not args.save_only_model:
             optimizer = gathered_state(self.accelerator, self.optimizer.state_dict())
         with writing(folder, self.accelerator, needed=needed, **keep, **about) as part:
             self._write_model(str(part), weights)
             if not args.save_only_model:
-                self._save_training(part, optimizer)
+                self._save_training(part, optimizer, extra)
             if args.should_save:
                 self._export_callbacks()
                 state.save_to_json(str(part / "trainer_state.json"))
@@ -112,8 +113,8 @@ class ResumableTrainer(Trainer):
                 name, own = type(callback).__name__, callback.state()
                 kept[name] = [*kept[name], own] if isinstance(kept.get(name), list) else own
 
-    def _save_training(self, part: Path, optimizer: dict[str, Any] | None) -> None:
-        """What else a run needs to go on; `optimizer` is its whole state where it is sharded."""
+    def _save_training(self, part: Path, optimizer: dict[str, Any] | None, extra: dict[str, Tensor]) -> None:
+        """What else a run needs to go on; `optimizer` is its whole state where it is sharded, `extra` the stage's."""
         if optimizer is None:
             self._save_optimizer_and_scheduler(str(part))
         elif self.args.should_save:
@@ -123,7 +124,7 @@ class ResumableTrainer(Trainer):
         self._save_rng_state(str(part))
         torch.save(self._window_state(), part / own_file(self.args.process_index))
         if self.args.should_save:
-            save_tensors(self.extra_state(), part / EXTRA_STATE)
+            save_tensors(extra, part / EXTRA_STATE)
 
     # ---- reading
 

@@ -91,7 +91,7 @@ class RLTrainer:
         self.loop = self.make_loop(fuse_lm_head(model), [*self.brakes.callbacks(self), *callbacks])
         self.model, self.accelerator = self.loop.model, self.loop.accelerator
         if self.reference is not None and not self.reference.adapters_off:
-            self.reference.model = self.loop.spread.frozen(self.reference.model)
+            self.reference.model = self.reference.called = self.loop.spread.frozen(self.reference.model)
         for part in self.reward_functions():
             if hasattr(part, "to"):
                 part.to(self.accelerator.device)

@@ -95,6 +95,22 @@ def shard(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model
 
 
+def lay_beside(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A frozen model spread as transformers' Trainer spreads the one that it trains; returns what forwards go through.
+
+    FSDP2 and ZeRO-3 shard it: every process makes as many forwards. Elsewhere, FSDP1 among them, it is whole.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from rlhf_fast.trainers.zero import engine_for_forwards
+
+        return engine_for_forwards(accelerator, model)
+    if not accelerator.is_fsdp2:
+        return model.to(accelerator.device)
+    model = shard(accelerator, model)
+    model.set_reshard_after_forward(True)  # everywhere: no backward does it for what else would stay
+    return model
+
+
 def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 

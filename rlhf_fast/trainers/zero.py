@@ -45,6 +45,36 @@ def check_config(config: Mapping[str, Any], stage: str, *, bf16: bool = False) -
             raise ValueError(f"stage {stage!r}: {name} of DeepSpeed's configuration must {must}, got {value!r}")
 
 
+def engine_for_forwards(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """An engine without an optimiser: a model in the dtype of those that are trained, partitioned under stage 3."""
+    import deepspeed
+
+    plugin = accelerator.state.deepspeed_plugin
+    config = engine_config(plugin.deepspeed_config, model)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    if plugin.zero_stage != 3:
+        config["zero_optimization"] = {"stage": 0}
+    if accelerator.mixed_precision in ("bf16", "fp16"):  # where it was "auto"
+        config.setdefault(accelerator.mixed_precision, {}).setdefault("enabled", True)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine
+
+
+def engine_config(given: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's configuration for one engine, whose caller sees to micro-batches and clipping."""
+    found = _without_auto(copy.deepcopy(dict(given)))
+    zero, width = found["zero_optimization"], _width(module)
+    if width is not None:  # as transformers' Trainer chooses them
+        zero.setdefault("reduce_bucket_size", width * width)
+        zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * width * width))
+        zero.setdefault("stage3_param_persistence_threshold", 10 * width)
+    found.pop("train_batch_size", None)
+    found |= dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.0)
+    return found | dict(zero_allow_untested_optimizer=True)
+
+
 class Zero(Replicated):
     """ZeRO-1, 2 and 3."""
 
@@ -74,22 +104,15 @@ class Zero(Replicated):
         return engines, _Optimizers(engines)
 
     def settings(self, module: nn.Module) -> dict[str, Any]:
-        """DeepSpeed's configuration for one engine."""
-        found = _without_auto(copy.deepcopy(self.given))
-        zero, width = found["zero_optimization"], _width(module)
-        if width is not None:  # as transformers' Trainer chooses them
-            zero.setdefault("reduce_bucket_size", width * width)
-            zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * width * width))
-            zero.setdefault("stage3_param_persistence_threshold", 10 * width)
-        found.pop("train_batch_size", None)
-        found |= dict(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.0)
-        found |= dict(zero_allow_untested_optimizer=True)
-        if self.bf16 and width is None:
+        """The configuration of a role's engine."""
+        found = engine_config(self.given, module)
+        if self.bf16 and _width(module) is None:
             found["bf16"] = {"enabled": False}  # a value head stays in fp32
         elif self.bf16:
             found["bf16"] = found.get("bf16", {}) | {"enabled": True, "check_grad_overflow": True}
             found.setdefault("communication_data_type", "fp32")
             found.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            zero = found["zero_optimization"]
             zero["stage"] = max(self.stage, 2)  # stage 1 in bf16 is another optimiser of DeepSpeed's
         return found
 

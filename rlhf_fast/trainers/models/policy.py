@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf_fast.integrations.lm_head import fuse_lm_head
-from rlhf_fast.trainers.sharding import held, shape_of, state_of, taking_whole, whole
+from rlhf_fast.trainers.sharding import held, lay_beside, shape_of, state_of, taking_whole, whole
 
 
 class Reference:
@@ -35,19 +36,23 @@ class Reference:
         if other is None:
             other = model if self.adapters_off else deepcopy(model)
         self.model = fuse_lm_head(other if self.adapters_off else other.requires_grad_(False).eval())
+        self.called = self.model  # what forwards go through
 
-    def to(self, device: torch.device) -> Reference:
-        self.model.to(device)
-        return self
+    def lay_beside(self, accelerator: Accelerator) -> None:
+        """Spread it as transformers' Trainer spreads the policy, which is only put on the device where it is both."""
+        if self.adapters_off:
+            self.model.to(accelerator.device)
+        else:
+            self.called = lay_beside(accelerator, self.model)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The reference's forward, inside the block."""
         if not self.adapters_off:
-            yield self.model
+            yield self.called
             return
         with self.model.disable_adapter():
-            yield self.model
+            yield self.called
 
     @torch.no_grad()
     def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
@@ -63,8 +68,10 @@ class Reference:
                 shape = (*shape_of(kept),)
                 raise ValueError(f"the reference cannot follow the policy: it has no {name} of shape {shape}")
             part = hasattr(kept, "full_tensor") or hasattr(kept, "ds_tensor")
-            new, kept = held(current[name]) if part else whole(current[name]), held(kept)
-            kept.lerp_(new.to(kept.device, kept.dtype), alpha)
+            new, own = held(current[name]) if part else whole(current[name]), held(kept)
+            own.lerp_(new.to(own.device, own.dtype), alpha)
+            if own is not kept:
+                kept.partition()  # drops what DeepSpeed keeps gathered for the next forward
         self.moved = True
 
     def state_dict(self) -> dict[str, Tensor]:
