@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import select
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +127,43 @@ def test_the_command_ends_with_143_and_a_second_signal_ends_it_at_once(tmp_path)
     assert process.returncode == 130, output[-3000:]
     assert "SIGINT again: exit without saving" in output
     assert not list((folder / "slow").glob("checkpoint-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no terminals of this kind")
+def test_a_terminal_that_is_gone_ends_the_command_saved_but_not_under_nohup(tmp_path):
+    import pty
+
+    folder = cases.prepare(tmp_path, "sft")
+    values = cases.options(folder, "parts", "sft", max_steps=100000, save_steps=0, logging_steps=1)
+    command = cases.command(folder, values | dict(disable_tqdm=False))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(command[0], command, cases.environment())
+    process = SimpleNamespace(poll=lambda: None if os.waitpid(child, os.WNOHANG)[0] == 0 else 1)
+    reader = threading.Thread(target=drain, args=(terminal, stop := threading.Event()))
+    reader.start()
+    wait_for_rows(process, folder / "parts", 2)
+    stop.set()
+    reader.join()
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    saved = files.newest(folder / "parts")
+    assert files.flaw(saved) is None
+    assert files.step_of(saved) >= 2
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.signum == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def drain(terminal: int, stop: threading.Event) -> None:
+    """Read what a child writes, which waits once the terminal is full."""
+    while not stop.is_set():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)
 
 
 def kill_and_resume(tmp_path: Path, case: str, kills: int, seed: int, steps: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the process ends with the signal's exit code."""
+"""Ctrl-C, SIGTERM and a terminal that is gone (SIGHUP): the step is finished, a checkpoint saved, and the process ends
+with the signal's exit code."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 ONE = 1.0  # seconds: within them a signal is the same one, passed on by a launcher and by the terminal
 
 
 class Stopped(SystemExit):
-    """A signal ended the run; `code` is 130 after Ctrl-C, 143 after SIGTERM."""
+    """A signal ended the run; `code` is 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
 
     def __init__(self, signum: int, text: str = ""):
         super().__init__(128 + signum)
@@ -30,19 +32,21 @@ class StopSignals:
     """Inside the `with` block the first signal is only noted; a second one ends the process at once.
 
     The handlers that were there before are back afterwards, that is after the outermost of several blocks inside one
-    another. Outside of the main thread nothing is changed.
+    another. Outside of the main thread nothing is changed, and a SIGHUP that is ignored (nohup) stays so.
     """
 
     def __init__(self) -> None:
         self.signum, self._since, self._before, self._depth = 0, 0.0, {}, 0
+        self._terminals: list[int] = []  # one that is gone no longer says that it is one
 
     def __enter__(self) -> StopSignals:
         self._depth += 1
         if self._depth > 1:
             return self
-        self.signum = 0
+        self.signum, self._terminals = 0, [d for d in (1, 2) if os.isatty(d)]
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._noted) for s in SIGNALS}
+            ignored = {HANGUP} if HANGUP and signal.getsignal(HANGUP) is signal.SIG_IGN else set()
+            self._before = {s: signal.signal(s, self._noted) for s in SIGNALS if s not in ignored}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -57,6 +61,8 @@ class StopSignals:
 
     def _noted(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if signum == HANGUP:
+            _leave(self._terminals)
         if not self.signum:
             self.signum, self._since = signum, now
             _say(f"{signal.Signals(signum).name}: this step is finished and saved; once more to exit at once")
@@ -71,6 +77,14 @@ class StopSignals:
         seen = torch.tensor([self.signum], device=accelerator.device)
         self.signum = int(accelerator.gather(seen).max())
         return self.signum
+
+
+def _leave(terminals: list[int]) -> None:
+    """Write nowhere from now on: to a terminal that is gone it would be an error, before the step is saved."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in terminals:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _say(text: str) -> None:
