@@ -171,6 +171,15 @@ def test_missing_config_and_missing_library(tmp_path, config, monkeypatch):
     result = invoke("train", config)
     assert result.exit_code == 2
     assert "pip install 'rlhf-fast[train]'" in result.stderr
+    words = "No package metadata was found for The 'deepspeed>=0.9.3' distribution was not found"
+    for text in ("No module named 'deepspeed.runtime'", words):
+        error = ModuleNotFoundError(text, name="deepspeed")
+        monkeypatch.setattr("rlhf_fast.cli.train.train", lambda *args, error=error, **kwargs: raise_(error))
+        assert "(pip install deepspeed)" in invoke("train", config).stderr
+
+
+def raise_(error):
+    raise error
 
 
 def test_interrupt_has_its_own_code(config, monkeypatch):

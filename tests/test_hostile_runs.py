@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -175,6 +176,7 @@ DAMAGES = {
         "Validation error for field 'hidden_size'",
     ),
     "cut tokenizer": ("tokenizer.json", lambda path: cut(path, 50), "no tokenizer could be loaded"),
+    "no tokenizer": ("tokenizer.json", Path.unlink, "has no vocabulary: tokenizer.json is missing"),
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -131,6 +133,14 @@ def _foreign(error: BaseException) -> str:
     return f" (raised by {frames[-1].name} in {os.path.basename(frames[-1].filename)}; --traceback shows where)"
 
 
+def _install(error: ModuleNotFoundError) -> str:
+    """What brings a package that is missing; importlib.metadata has it in a sentence."""
+    name = re.search(r"'([\w.-]+)", str(error)).group(1).split(".")[0]
+    extra = [need for need in importlib.metadata.requires("rlhf-fast") or () if "'train'" in need or '"train"' in need]
+    ours = {re.match(r"[\w-]+", need).group().lower() for need in extra}
+    return f" (pip install {chr(39)}rlhf-fast[train]{chr(39)})" if name.lower() in ours else f" (pip install {name})"
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What the user can mend is one red line and exit code 2; `--traceback` shows the rest of it."""
@@ -141,7 +151,7 @@ def _clear_errors() -> Iterator[None]:
             raise
         hint = ""
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("rlhf_fast"):
-            hint = " (pip install 'rlhf-fast[train]')"
+            hint = _install(error)
         line = " ".join(f"{error}".split()) or type(error).__name__
         typer.secho(f"error: {line}{hint}{_foreign(error)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from None

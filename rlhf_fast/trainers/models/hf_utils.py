@@ -34,7 +34,18 @@ def load_tokenizer(config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # of its own reader, of JSON, of transformers
         raise ValueError(f"{key}: no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+    if missing := _missing_vocabulary(tokenizer, Path(name)):
+        raise ValueError(f"{key}: the tokenizer in {name} has no vocabulary: {missing} is missing")
     return ready_tokenizer(apply_template(tokenizer, config.template))
+
+
+def _missing_vocabulary(tokenizer: Any, folder: Path) -> str:
+    """The file without which transformers makes some tokenizers of their special tokens alone; "" when it is there."""
+    files = dict(getattr(tokenizer, "vocab_files_names", None) or {})
+    if not files or not folder.is_dir() or any((folder / file).is_file() for file in files.values()):
+        return ""
+    made_of = set(tokenizer("a0", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
+    return "" if made_of else files.get("tokenizer_file", next(iter(files.values())))
 
 
 def ready_tokenizer(tokenizer: Any) -> Any:
