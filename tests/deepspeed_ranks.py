@@ -139,14 +139,17 @@ def trainers(folder: Path, path: str, stage: int | None, ranks: int) -> dict[str
         folder / "sft", tiny(vocab_size=18, dtype=torch.float32), make_rows(8),
         **ours, per_device_train_batch_size=8 // ranks,
     ))  # fmt: skip
-    for name, options in {"dpo": {}, "dpo, followed": dict(sync_steps=1, sync_alpha=0.3)}.items():
+    for name, options in {"dpo": {}, "dpo, ahead": {}, "dpo, followed": dict(sync_steps=1, sync_alpha=0.3)}.items():
         net = tiny(dtype=torch.float32)
         options |= ours | dict(per_device_train_batch_size=8 // ranks)
         made = dpo_trainer(folder / name, net, ref=None, **options)
         if bool(partitioned(made.reference.model)) != (stage == 3):
             raise RuntimeError(f"{name}, stage {stage}: the reference does not lie as the policy does")
+        reference = made.reference.model
+        if name == "dpo, ahead":
+            made.precompute_reference(batch_size=3)  # three batches
         run(name, made)
-        out[name] |= {f"reference.{n}": w for n, w in state_of(made.reference.model).items()}
+        out[name] |= {f"reference.{n}": w for n, w in state_of(reference).items()}
     return out
 
 

@@ -28,7 +28,7 @@ RL = ["grpo", "ppo", "ppo, shared critic", "grpo, lora", "ppo, lora"]
 CASES = [
     *(f"{kind}{tied}{again}" for kind in ("logprob", "loss_fn") for tied in ("", ", tied")
       for again in ("", ", checkpointed")),
-    *("trl sft", "trl dpo", "sft", "dpo", "dpo, followed"),
+    *("trl sft", "trl dpo", "sft", "dpo", "dpo, ahead", "dpo, followed"),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from rlhf_fast.trainers.models.hf_utils import choose_attention, load_folder, vo
 from rlhf_fast.trainers.models.lora import merge_adapter
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.reference_config import ReferenceConfig
-from rlhf_fast.trainers.sharding import autocast, load_whole, state_of, whole
+from rlhf_fast.trainers.sharding import autocast, load_whole, whole
 from rlhf_fast.types import FusedLoss
 
 
@@ -228,7 +228,8 @@ def _hash_rows(dataset: Any) -> bytes:
 
 def _hash_weights(reference: Reference) -> bytes:
     found = hashlib.blake2b()
-    for name, weight in state_of(reference.model).items():
+    model = reference.model
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if not (reference.adapters_off and "lora_" in name):
             weight = whole(weight)
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
