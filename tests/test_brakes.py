@@ -11,11 +11,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import ppo_cases  # noqa: E402
 from grpo_cases import PROMPTS, config, digits_sum, log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers.gauges import HealthWarnings  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
+from rlhf_fast.trainers.ppo import PPOTrainer  # noqa: E402
 
 # ---- illnesses
 
@@ -218,8 +220,15 @@ def test_the_best_model_is_kept_through_rotation_and_comes_back(tmp_path, metric
     assert torch.equal(script.seen[6], script.seen[1])  # the last evaluation is of the model that is saved
 
 
-def test_the_start_may_be_the_best(tmp_path):
-    it = evaluated(tmp_path, max_steps=2, eval_steps=1, load_best_model_at_end=True, eval_on_start=True)
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_the_start_may_be_the_best(tmp_path, stage):
+    options = dict(max_steps=2, eval_steps=1, load_best_model_at_end=True, eval_on_start=True)
+    if stage == "grpo":
+        it = evaluated(tmp_path, **options)
+    else:
+        rows = [{"prompt": p} for p in PROMPTS]
+        settings = ppo_cases.config(tmp_path, **options)
+        it = PPOTrainer(tiny(), make_tokenizer(), rows, digits_sum, settings, eval_dataset=rows)
     start = it.loop.unwrapped.model.norm.weight.detach().clone()
     it.evaluate = Scripted(it, [0.9, 0.5, 0.4, 0.9])
     assert it.train()["best_step"] == 0

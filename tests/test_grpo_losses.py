@@ -148,8 +148,10 @@ def test_options_are_checked_when_they_are_read():
         replace(base, top_entropy_quantile=0)
     with pytest.raises(ValueError, match="unknown parameter of policy loss 'grpo': 'tau'"):
         replace(base, loss_params={"tau": 1.0})
-    with pytest.raises(ValueError, match="sync_ref_model moves the reference, and beta=0 has none"):
-        replace(base, sync_ref_model=True)
+    for options in (dict(sync_ref_model=True), dict(ref_model="x")):
+        with pytest.raises(ValueError, match="is given, but there is no reference: beta is 0, and there is no max_kl"):
+            replace(base, **options)
+        assert replace(base, max_kl=1.0, **options).needs_reference
 
 
 @pytest.mark.parametrize("kind", sorted(PROPORTIONAL) + ["dro"])

@@ -201,6 +201,7 @@ def test_options_that_only_a_library_can_judge(run):
     refused(run("grpo", rows, *plateau), "reduce_lr_on_plateau follows a metric")
     for stage in ("sft", "grpo"):
         refused(run(stage, [ROWS[stage]] * 4, "report_to=bogus"), "report_to: bogus is not supported, only ")
+        refused(run(stage, [ROWS[stage]] * 4, "report_to='all, bogus'"), "report_to: bogus is not supported, only ")
         if importlib.util.find_spec("wandb") is None:
             refused(run(stage, [ROWS[stage]] * 4, "report_to=wandb"), "report_to: ", "requires wandb")
 

@@ -154,6 +154,7 @@ def test_pairs_are_two_sequences(config, stage):
         ("grpo", dict(), False),
         ("grpo", dict(beta=0.1), True),
         ("ppo", dict(kl_coef=0.0, critic="shared"), False),
+        ("grpo", dict(max_kl=1.0), True),
     ],
     ids=str,
 )

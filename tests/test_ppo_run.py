@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from ppo_cases import PROMPTS, config, digits_sum, log_rows, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
+from rlhf_fast.trainers.grpo import PROPORTIONAL, GRPOConfig, GRPOTrainer  # noqa: E402
 from rlhf_fast.trainers.models.critic import ValueHead  # noqa: E402
 from rlhf_fast.trainers.models.reward_model import load_reward_model  # noqa: E402
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer  # noqa: E402
@@ -152,8 +153,9 @@ def test_the_reference_may_follow_the_policy(tmp_path):
         dict(loss_type="gspo", critic="shared", num_generations=2),
         dict(gradient_checkpointing=True, max_tokens_per_micro_batch=20, kl_in="loss", kl_estimator="k2"),
         dict(sampler="generate", kl_coef=0.0, weight_decay=0.1, max_grad_norm=0.0, vf_coef=1.0),
+        *(dict(loss_type=kind) for kind in (*sorted(PROPORTIONAL), "dro", "clip_cov", "kl_cov")),
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: options.get("loss_type") or next(iter(options)),
 )
 def test_other_options_run(tmp_path, options):
     summary = trainer(tmp_path, **options).train()
@@ -171,6 +173,9 @@ def test_other_options_run(tmp_path, options):
         (dict(ref_model_adapters="x"), "goes with ref_model"),
         (dict(kl_in="loss", kl_clip=1.0), "kl_in is loss"),
         (dict(kl_gradient="k2"), "kl_in is reward"),
+        (dict(epsilon_final=0.1), "epsilon_final is where epsilon_schedule ends, and epsilon_schedule is constant"),
+        (dict(kl_coef_final=0.1, kl_schedule="constant"), "kl_schedule is constant"),
+        (dict(rollout_server_model="x"), "rollout_server_model goes with sampler: server"),
         (dict(gamma=1.5), "gamma must be in"),
         (dict(ppo_epochs=0), "ppo_epochs must be at least 1"),
         (dict(ppo_buffer_size=2, steps_per_generation=4), "each is the size of a rollout"),
@@ -203,6 +208,10 @@ def test_the_ensemble_s_disagreement_and_each_function_are_logged(tmp_path):
     trainer(tmp_path, reward=[judges, longer], reward_weights=[1.0, 0.0], max_steps=1, kl_in="loss").train()
     (row,) = log_rows(tmp_path)
     assert row["ensemble_spread"] > 0
+    rows = [{"prompt": p} for p in PROMPTS]
+    options = dict(output_dir=str(tmp_path / "grpo"), max_completion_length=5, cutoff_len=32, use_cpu=True, max_steps=1)
+    GRPOTrainer(tiny(), make_tokenizer(), rows, judges, GRPOConfig(**options, dynamic_sampling=True)).train()
+    assert log_rows(tmp_path / "grpo")[0]["ensemble_spread"] > 0
     assert row["reward"] == pytest.approx(row["reward_ensemble"])
     assert row["reward_longer"] == pytest.approx(row["completion_length"])
     assert row["kl"] == 0.0  # of the rollout
@@ -256,6 +265,14 @@ def test_generate_and_step_do_what_train_does(tmp_path):
     it.finish()
     one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("train", "steps"))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_steps_are_evaluated(tmp_path):
+    rows, options = [{"prompt": p} for p in PROMPTS], dict(max_steps=4, eval_steps=2)
+    it = PPOTrainer(tiny(), make_tokenizer(), None, digits_sum, config(tmp_path, **options), eval_dataset=rows)
+    for _ in range(3):
+        it.step(["25>"], ["25"], [1.0])
+    assert [row["step"] for row in log_rows(tmp_path) if "eval_reward" in row] == [2]
 
 
 def test_step_takes_ids_texts_and_masks(tmp_path):

@@ -127,9 +127,8 @@ class SkipBrokenSteps(TrainerCallback):
         self.steps.missed(state.global_step + 1)
 
 
-def check_trackers(report_to: str | list[str]) -> None:
+def check_trackers(names: list[str]) -> None:
     """Raise ValueError where a tracker is unknown or not installed."""
-    names = [report_to] if isinstance(report_to, str) else report_to
     try:
         for tracker in get_reporting_integration_callbacks([n for n in names if n not in ("none", "all")]):
             tracker()

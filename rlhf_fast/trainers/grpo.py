@@ -92,8 +92,7 @@ class GRPOTrainer(RLTrainer):
     def run(self) -> dict[str, Any]:
         config, loop = self.config, self.loop
         self.start()
-        if config.eval_on_start and self.can_evaluate and loop.checkpoint is None:
-            self.evaluate_at_start()
+        self.evaluate_at_start()
         while not loop.done:
             if not self.todo:  # else a checkpoint fell between the updates of a rollout, and holds them
                 batch, metrics = collect(self, config.num_generations), {}

@@ -75,8 +75,9 @@ class GRPOConfig(RLConfig):
         require("top_entropy_quantile", self.top_entropy_quantile, 0 < self.top_entropy_quantile <= 1, "in (0, 1]")
         if self.ref_model_adapters and not self.ref_model:
             raise ValueError("ref_model_adapters goes with ref_model, the model under them")
-        if self.sync_ref_model and not self.beta:
-            raise ValueError("sync_ref_model moves the reference, and beta=0 has none")
+        for name in ("ref_model", "sync_ref_model"):
+            if getattr(self, name) and not self.needs_reference:
+                raise ValueError(f"{name} is given, but there is no reference: beta is 0, and there is no max_kl")
         if self.packing and self.share_prompts is True:
             raise ValueError("share_prompts and packing are both true; choose one")
         self.policy_loss()  # checks the loss's options

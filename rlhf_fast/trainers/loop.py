@@ -37,6 +37,7 @@ from transformers.trainer_utils import SchedulerType
 from rlhf_fast.trainers import checkpoint as files
 from rlhf_fast.trainers.callbacks import SkippedSteps, check_trackers, or_broken, warn_of_fp16
 from rlhf_fast.trainers.config import RunConfig
+from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.meters import Meters
 from rlhf_fast.trainers.models.lora import optimizer_groups
@@ -361,7 +362,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     shared = ("output_dir", "run_name", "seed", "logging_steps", "learning_rate", "per_device_train_batch_size")
     shared += ("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "lr_scheduler_type", "use_cpu")
     shared += ("ddp_timeout",)  # of the process group, which is made here
-    check_trackers(config.report_to)
+    check_trackers(names(config.report_to))
     try:
         SchedulerType(config.lr_scheduler_type)
     except ValueError as error:
@@ -374,7 +375,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     arguments = TrainingArguments(
         **{name: getattr(config, name) for name in shared},
         **deepspeed,
-        report_to=config.report_to,
+        report_to=names(config.report_to),
         disable_tqdm=config.disable_tqdm,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,

@@ -99,7 +99,7 @@ def plan(config: RunConfig, *, length: int | None = None, processes: int | None 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         roles = {"": build(config)}
         if config.stage == "ppo" and config.critic == "own":
-            roles["critic: "] = build(config, critic_folder(config), classifier=True)
+            roles["critic: "] = build(config, config.critic_folder, classifier=True)
         work = micro_batch(config, length or config.cutoff_len, roles[""])
         prints = {name: footprint(model, work, config, notes) for name, model in roles.items()}
         resident = [part for name, model in roles.items() for part in _weights(name, model, config, processes)]
@@ -209,19 +209,13 @@ def _frozen_models(config: RunConfig, model: nn.Module, processes: int) -> list[
     return parts
 
 
-def critic_folder(config: RunConfig) -> str | None:
-    """Where PPO's critic begins; None: as the policy."""
-    return config.critic_model or next(iter(names(config.reward_model)), None)
-
-
 def needs_reference(config: RunConfig) -> bool:
     """Whether a second policy is kept."""
     if getattr(config, "precompute_ref_log_probs", False):
         return False
     if config.stage == "dpo":
         return config.preference_loss().needs_reference
-    wanted = {"kto": True, "grpo": bool(getattr(config, "beta", 0)), "ppo": bool(getattr(config, "kl_coef", 0))}
-    return wanted.get(config.stage, False)
+    return config.stage == "kto" or (config.stage in ("ppo", "grpo") and config.needs_reference)
 
 
 def _folder_bytes(folder: str, config: RunConfig, classifier: bool) -> int:

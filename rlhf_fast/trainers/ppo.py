@@ -35,7 +35,6 @@ from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.ops.ppo import ppo_advantages
 from rlhf_fast.ops.value import gae, masked_whiten, shape_rewards
 from rlhf_fast.ops.value_loss import value_loss
-from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
@@ -96,13 +95,13 @@ class PPOTrainer(RLTrainer):
             check_packing(model)
         if other is None and config.ref_model:
             other = load_reference(config)
-        self.reference = Reference(model, other, copy=config.sync_ref_model) if config.reference else None
+        self.reference = Reference(model, other, copy=config.sync_ref_model) if config.needs_reference else None
         if config.critic == "shared":
             if self._critic is not None:
                 raise ValueError("critic is shared, a value head on the policy: give no critic model")
             self.critic: nn.Module = ValueHead(model.get_output_embeddings().weight.shape[-1], model.dtype)
             return
-        folder = config.critic_model or next(iter(names(config.reward_model)), None)
+        folder = config.critic_folder
         if self._critic is not None:
             self.critic = pool_by_length(self._critic)
         else:
@@ -125,8 +124,7 @@ class PPOTrainer(RLTrainer):
     def run(self) -> dict[str, Any]:
         config, loop = self.config, self.loop
         self.start()
-        if config.eval_on_start and self.can_evaluate and loop.checkpoint is None:
-            loop.log.log(0, self.evaluate())
+        self.evaluate_at_start()
         while not loop.done:
             prompts = self.next_prompts()
             with loop.timed("rollout"):
@@ -135,8 +133,6 @@ class PPOTrainer(RLTrainer):
             with loop.timed("scoring"):
                 scores = self.score_rollout(rows, rollout)
                 metrics = self.rollout_metrics(scores, rollout)
-                for function in self.reward_functions():
-                    metrics |= getattr(function, "metrics", {})
             metrics |= self.learn([p.ids for p in rows], rollout, scores.total)
             loop.state.epoch = self.epoch
             self.note_reward(metrics["reward"])
@@ -204,7 +200,7 @@ class PPOTrainer(RLTrainer):
         metrics |= self.learn([prompt.ids for prompt in as_queries(queries, self.tokenizer)], rollout, scores)
         self.loop.record(metrics)
         metrics = self.loop.recorded()
-        self.loop.end_step({})
+        self.loop.end_step({}, evaluate=self.evaluate if self.can_evaluate else None)
         return metrics
 
     # ---- one step
@@ -334,11 +330,12 @@ class PPOTrainer(RLTrainer):
         self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool
     ) -> dict[str, Any]:
         """What the fused head takes to form the actor's loss and gradient in its forward."""
-        tokens = max(counts["tokens"], 1)
+        config, tokens = self.config, max(counts["tokens"], 1)
         by_token = self.loss.aggregation == "token_mean"
         batch = {
             "advantages": grid.spread(experience.advantages),
             "old_logprob": None if on_policy else grid.spread(experience.logprob),
+            "logprob": grid.spread(experience.logprob) if on_policy and config.needs_old else None,
             "ref_logprob": grid.spread(experience.ref_logprob) if self.loss.beta else None,
             "normalizer": tokens if by_token else max(counts["rows"], 1),
             "entropy_normalizer": tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rlhf_fast.losses.policy import PolicyLoss
+from rlhf_fast.losses.registry import variant
 from rlhf_fast.trainers.config import find_model, require
 from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.controllers import AdaptiveKL, AnnealedKL, anneal
@@ -89,6 +90,9 @@ class PPOConfig(RLConfig):
                 f"kl_schedule: {self.kl_schedule} and ppo_target: {self.ppo_target} both steer kl_coef; "
                 "for a schedule set ppo_target: null"
             )
+        for name, schedule in (("kl_coef_final", "kl_schedule"), ("epsilon_final", "epsilon_schedule")):
+            if getattr(self, name) and getattr(self, schedule) == "constant":
+                raise ValueError(f"{name} is where {schedule} ends, and {schedule} is constant")
         if self.kl_in == "loss" and self.kl_clip is not None:
             raise ValueError("kl_clip bounds the KL in the reward, and kl_in is loss")
         if self.kl_in == "reward" and self.kl_gradient is not None:
@@ -120,9 +124,18 @@ class PPOConfig(RLConfig):
         return self.steps_per_generation or self.gradient_accumulation_steps * self.ppo_buffer_size
 
     @property
-    def reference(self) -> bool:
-        """Whether there is a reference."""
+    def critic_folder(self) -> str | None:
+        """Where the critic begins; None: as the policy."""
+        return self.critic_model or next(iter(names(self.reward_model)), None)
+
+    @property
+    def needs_reference(self) -> bool:
         return self.kl_coef > 0
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the loss reads log-probabilities of before the update even in the first one of a rollout."""
+        return variant(self.loss_type).prepare is not None
 
     @property
     def estimator(self) -> str:
@@ -131,7 +144,7 @@ class PPOConfig(RLConfig):
 
     def kl_controller(self) -> AdaptiveKL | AnnealedKL:
         """What steers `kl_coef`."""
-        if self.ppo_target is None or not self.reference:
+        if self.ppo_target is None or not self.needs_reference:
             return AnnealedKL(self.kl_coef, self.kl_coef_final, self.kl_schedule)
         return AdaptiveKL(self.kl_coef, self.ppo_target, self.kl_horizon)
 

@@ -99,11 +99,11 @@ def join(first: Batch, second: Batch) -> Batch:
         mask,
     )
     x, y = first.scores, second.scores
-    scores = Scores(*(torch.cat([getattr(x, name), getattr(y, name)]) for name in ("total", "each", "outcome")))
+    scores = {name: torch.cat([getattr(x, name), getattr(y, name)]) for name in ("total", "each", "outcome")}
     rows = [(x.steps, 0), (y.steps, len(a.finish))]
     parts = [steps._replace(row=steps.row + shift) for steps, shift in rows if steps is not None]
     steps = Steps(*map(torch.cat, zip(*parts, strict=True))) if parts else None
-    return Batch([*first.prompts, *second.prompts], rollout, scores._replace(steps=steps))
+    return Batch([*first.prompts, *second.prompts], rollout, x._replace(**scores, steps=steps))
 
 
 def select_groups(batch: Batch, groups: Tensor) -> Batch:
@@ -127,7 +127,12 @@ def select_groups(batch: Batch, groups: Tensor) -> Batch:
             rollout.settings,
             None if rollout.mask is None else rollout.mask[tokens],
         ),
-        Scores(scores.total[rows], scores.each[rows], scores.outcome[rows], _moved(scores.steps, place)),
+        scores._replace(
+            total=scores.total[rows],
+            each=scores.each[rows],
+            outcome=scores.outcome[rows],
+            steps=_moved(scores.steps, place),
+        ),
     )
 
 

@@ -47,6 +47,7 @@ class Scores(NamedTuple):
     each: Tensor  # (B, F) fp32: every function's own, NaN for None; of a process reward the mean over its steps
     outcome: Tensor  # (B,) fp32: `total` without process rewards
     steps: Steps | None = None
+    metrics: dict[str, float] | None = None  # what the functions say of these rows together, in their `metrics`
 
 
 def load_function(spec: str | RewardFunction) -> RewardFunction:
@@ -133,7 +134,8 @@ class Rewards:
         total, outcome = weighted.sum(1), weighted[:, ~process].sum(1)
         usable = applies.any(1) & total.isfinite()
         steps = _steps(columns) if process.any() else None
-        return Scores(total.where(usable, math.nan), each, outcome.where(usable, math.nan), steps)
+        said = {k: float(v) for function in self.functions for k, v in getattr(function, "metrics", {}).items()}
+        return Scores(total.where(usable, math.nan), each, outcome.where(usable, math.nan), steps, said)
 
 
 def _mean(entry: Entry) -> float:

@@ -204,7 +204,8 @@ class RLTrainer:
             return rewards(prompts, texts, columns_of(rows), **given)
 
     def rollout_metrics(self, scores: Scores, rollout: Rollout) -> dict[str, float]:
-        """Of the rollout of all processes: rewards, single functions, lengths. Every process calls it."""
+        """Of the rollout of all processes: rewards, single functions and what they say themselves, lengths. Every
+        process calls it."""
         stopped = torch.tensor([reason == "stop" for reason in rollout.finish])
         names = self.rewards.names if self.rewards is not None else []
         single = names if 1 < len(names) == scores.each.shape[1] else []  # not the caller's own scores
@@ -222,6 +223,9 @@ class RLTrainer:
             "truncated_completions": 1 - stopped.mean(),
         }
         metrics |= {f"reward_{name}": finite_mean(column) for name, column in zip(single, each, strict=True)}
+        said = gather_object([scores.metrics or {}])
+        for name in dict.fromkeys(name for part in said for name in part):
+            metrics[name] = finite_mean(torch.tensor([part.get(name, math.nan) for part in said]))
         return {name: float(value) for name, value in metrics.items()}
 
     def over_processes(self, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -281,8 +285,11 @@ class RLTrainer:
         return {name: column.double().tolist() for name, column in columns.items()}
 
     def evaluate_at_start(self) -> None:
-        """The model before its first step, as row 0 of the log; it may be the best there is."""
-        scores, loop = self.evaluate(), self.loop
+        """With `eval_on_start`, the model before its first step, as row 0 of the log; it may be the best there is."""
+        loop = self.loop
+        if not (self.config.eval_on_start and self.can_evaluate) or loop.checkpoint is not None:
+            return
+        scores = self.evaluate()
         loop.log.log(0, scores)
         loop.control = loop.callbacks.on_evaluate(loop.arguments, loop.state, loop.control, metrics=scores)
         if loop.control.should_save:

@@ -19,6 +19,7 @@ from rlhf_fast.trainers.base import FusedTrainer
 from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback, check_trackers
 from rlhf_fast.trainers.checkpoint import resume_path, step_of
 from rlhf_fast.trainers.config import TrainerConfig
+from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.data.dataset_info import load_rows
 from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
@@ -144,7 +145,6 @@ def tokenize(config: TrainerConfig, rows: Rows, tokenizer: Any) -> Any:
 
 def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArguments:
     """The Trainer's arguments; `config.training_arguments` has the last word."""
-    report_to = config.report_to if isinstance(config.report_to, list) else config.report_to.split(",")
     values: dict[str, Any] = {
         "output_dir": config.output_dir,
         "run_name": config.run_name,
@@ -153,7 +153,7 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
         "save_steps": config.save_steps or 500,
         "eval_strategy": "steps" if config.eval_steps and has_eval else "no",
         "eval_steps": config.eval_steps or None,
-        "report_to": [name.strip() for name in report_to],
+        "report_to": names(config.report_to),
         "data_seed": config.seed,
         "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
         "logging_nan_inf_filter": False,  # a NaN loss is to be seen
@@ -162,9 +162,9 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
     same += " lr_scheduler_type num_train_epochs max_steps weight_decay adam_beta1 adam_beta2 adam_epsilon"
     same += " max_grad_norm bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm save_only_model ddp_timeout"
     values |= {name: getattr(config, name) for name in same.split()}
-    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
     new = "activation_checkpointing"  # its name from transformers 5.20 or so on
-    values[new if new in names else "gradient_checkpointing"] = config.gradient_checkpointing
+    values[new if new in known else "gradient_checkpointing"] = config.gradient_checkpointing
     values |= config.training_arguments
     if values.get("load_best_model_at_end") and values["eval_strategy"] == "no":
         raise ValueError("load_best_model_at_end goes by evaluations: set eval_steps, and an evaluation set")

@@ -54,6 +54,10 @@ class RolloutConfig(RunConfig):
                 f"rollout_server_url={self.rollout_server_url!r}"
             )
 
+        for name in ("rollout_server_model", "rollout_server_update_url"):
+            if getattr(self, name) and self.sampler != "server":
+                raise ValueError(f"{name} goes with sampler: server, got sampler={self.sampler!r}")
+
     @property
     def turn_length(self) -> int:
         """Tokens that are sampled at once, at most."""
