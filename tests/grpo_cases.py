@@ -76,6 +76,6 @@ def experience_of(it, seed=0):
         it.sampler.settings,
     )
     rows = [p for p in prompts for _ in range(group)]
-    experience, metrics = it.score(Batch(list(prompts), rollout, it.score_rollout(rows, rollout)))
+    experience, metrics = it.advantages(Batch(list(prompts), rollout, it.score_rollout(rows, rollout)))
     assert 0 < metrics["truncated_completions"] < 1
     return experience._replace(advantages=experience.advantages.double(), logprob=experience.logprob.double())

@@ -120,14 +120,14 @@ def test_estimators(tmp_path, name, monkeypatch):
     options, formula = ESTIMATORS[name]
     it = trainer(tmp_path, **options)
     monkeypatch.setattr(it, "greedy_rewards", lambda prompts: torch.tensor([0.25, 2.0]))
-    experience, _ = it.score(batch_of(it, REWARDS))
+    experience, _ = it.advantages(batch_of(it, REWARDS))
     want = formula(torch.tensor(REWARDS).view(2, 4)).flatten().repeat_interleave(experience.completion_lengths)
     torch.testing.assert_close(experience.advantages, want, rtol=1e-5, atol=1e-6)
 
 
 def test_opo_weighs_its_baseline_by_lengths(tmp_path):
     it = trainer(tmp_path, advantage_estimator="opo")
-    experience, _ = it.score(batch_of(it, REWARDS))
+    experience, _ = it.advantages(batch_of(it, REWARDS))
     r, n = torch.tensor(REWARDS).view(2, 4), experience.completion_lengths.view(2, 4).float()
     assert len(set(n.flatten().tolist())) > 1
     want = (r - (r * n).sum(1, keepdim=True) / n.sum(1, keepdim=True)).flatten()
@@ -149,7 +149,7 @@ def test_several_rewards_normalised_then_summed(tmp_path):
     prompts = it.prompts[:2]
     rollout = it.sample(prompts, 4)
     scores = it.score_rollout([p for p in prompts for _ in range(4)], rollout)
-    experience, _ = it.score(Batch(prompts, rollout, scores))
+    experience, _ = it.advantages(Batch(prompts, rollout, scores))
     r = scores.each.view(2, 4, 2)
     each = ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)).sum(2).flatten()
     want = (each - each.mean()) / (each.std() + 1e-4)

@@ -83,7 +83,7 @@ def test_through_the_trainer_equals_the_reference(setting, case):
     config.num_iterations = 2
     reference_model = it.reference
     it.config, it.loss = config, config.policy_loss()
-    it.drops_zero_advantages = config.loss_type in it.proportional and not (config.beta or config.recomputes)
+    it.drops_zero_advantages = config.loss_type in PROPORTIONAL and not (config.beta or config.recomputes)
     it.reference = reference_model if config.beta else None
     for model in (it.model, plain):
         model.zero_grad()

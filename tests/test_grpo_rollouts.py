@@ -108,7 +108,7 @@ def test_tool_tokens_carry_no_loss(tmp_path, monkeypatch):
     batch = collect(it, 4)
     rollout = batch.rollout
     assert 0 < (~rollout.mask).sum() < len(rollout.mask)
-    experience, _ = it.score(batch)
+    experience, _ = it.advantages(batch)
     assert torch.equal(experience.trained, rollout.mask)
     it.minibatches_per_rollout = 1
     (minibatch,) = it.minibatches(experience)

@@ -64,6 +64,11 @@ class MicroBatch(NamedTuple):
     extra: Mapping[str, Tensor] = {}
 
     @property
+    def sampler_logprob(self) -> Tensor:
+        """(r, T): what the sampler recorded, also where `old_logprob` was computed anew."""
+        return self.extra.get("rollout_logprob", self.old_logprob)
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """Keywords of the model's forward."""
         given = dict(input_ids=self.input_ids, position_ids=self.position_ids, attention_mask=self.attention_mask)

@@ -47,6 +47,7 @@ from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.models.policy import Reference, updating_mode
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
+from rlhf_fast.trainers.rewards import Scores
 from rlhf_fast.trainers.rl import RLTrainer, run_rl
 
 # Losses that are a multiple of the advantage, token by token: without it they have no gradient.
@@ -64,7 +65,6 @@ class GRPOTrainer(RLTrainer):
     """
 
     config: GRPOConfig
-    proportional = PROPORTIONAL
 
     def __init__(
         self,
@@ -78,7 +78,10 @@ class GRPOTrainer(RLTrainer):
         config = config or GRPOConfig()
         self.loss = config.policy_loss()
         super().__init__(model, processing_class, train_dataset, reward_funcs, config, **rest)
-        self.todo: list[tuple[int, int]] = []  # updates of the rollout that are still to be made: iteration, minibatch
+        # Of the rollout: minibatches, updates still to be made (iteration, minibatch), what is logged with each.
+        self.built: list[MiniBatch] = []
+        self.todo: list[tuple[int, int]] = []
+        self.metrics: dict[str, float] = {}
         self.layout = Layout(self.loop.unwrapped, share=config.share_prompts, packed=config.packing)
         droppable = not (config.beta or config.entropy_coef or config.top_entropy_quantile < 1)
         self.drops_zero_advantages = droppable and config.loss_type in PROPORTIONAL
@@ -90,20 +93,12 @@ class GRPOTrainer(RLTrainer):
             self.reference = Reference(model, other, copy=config.sync_ref_model)
 
     def run(self) -> dict[str, Any]:
-        config, loop = self.config, self.loop
+        loop = self.loop
         self.start()
         self.evaluate_at_start()
         while not loop.done:
             if not self.todo:  # else a checkpoint fell between the updates of a rollout, and holds them
-                batch, metrics = collect(self, config.num_generations), {}
-                if config.dynamic_sampling:
-                    batch, metrics = refilled(self, batch, config.dynamic_sampling_attempts)
-                experience, scored = self.score(batch)
-                self.metrics = metrics | scored
-                self.note_reward(scored["reward"])
-                with loop.timed("update"):
-                    self.built = self.minibatches(experience)
-                self.todo = [(i, k) for i in range(config.num_iterations) for k in range(len(self.built))]
+                self.begin_rollout()
             while self.todo and not loop.done:
                 iteration, k = self.todo.pop(0)
                 with loop.timed("update"):
@@ -111,6 +106,19 @@ class GRPOTrainer(RLTrainer):
                 loop.state.epoch = self.epoch
                 loop.end_step(self.metrics, evaluate=self.evaluate if self.can_evaluate else None)
         return self.finish()
+
+    def begin_rollout(self) -> None:
+        """Completions of the next prompts, their rewards and advantages, the minibatches and the updates over them."""
+        config = self.config
+        batch, metrics = collect(self, config.num_generations), {}
+        if config.dynamic_sampling:
+            batch, metrics = refilled(self, batch, config.dynamic_sampling_attempts)
+        experience, of_rollout = self.advantages(batch)
+        self.metrics = metrics | of_rollout
+        self.note_reward(of_rollout["reward"])
+        with self.loop.timed("update"):
+            self.built = self.minibatches(experience)
+        self.todo = [(i, k) for i in range(config.num_iterations) for k in range(len(self.built))]
 
     def start(self) -> None:
         """Ready for the first update."""
@@ -145,29 +153,29 @@ class GRPOTrainer(RLTrainer):
         if state["todo"]:
             warnings.warn(f"{len(state['todo'])} updates of a rollout by other processes are given up", stacklevel=2)
 
-    # ---- score
+    # ---- rewards to advantages
 
-    def score(self, batch: Batch) -> tuple[Experience, dict[str, float]]:
-        """Advantages of a scored rollout."""
+    def advantages(self, batch: Batch) -> tuple[Experience, dict[str, float]]:
+        """A scored rollout with its advantages, as training data, and its metrics."""
         config, scores, rollout, group = self.config, batch.scores, batch.rollout, batch.group_size
-        rows = [prompt for prompt in batch.prompts for _ in range(group)]
-
-        def gather(values: Tensor) -> Tensor:  # every process has whole groups
-            return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
-
         baseline = self.greedy_rewards(batch.prompts).repeat_interleave(group) if config.greedy_baseline else None
-        across = dict(gather=gather, process=self.accelerator.process_index)
-        options = config.advantage_options()
-        own = self.rewards is not None and len(self.rewards.weights) == scores.each.shape[1]  # not the caller's scores
-        weights = self.rewards.weights if own else torch.ones(scores.each.shape[1])
+        across = dict(gather=self.everywhere, process=self.accelerator.process_index)  # each has whole groups
+        options, weights = config.advantage_options(), self.reward_weights(scores)
         result = credit(scores, rollout.lengths.cpu(), group, weights, options, baseline=baseline, **across)
-        scored = scores.total.isfinite()
+        usable = scores.total.isfinite()
         if config.mask_truncated_completions:
-            scored &= torch.tensor([reason == "stop" for reason in rollout.finish])
-        experience = build_experience([p.ids for p in rows], rollout, result.advantages, scored, group)
-        self.loop.state.num_input_tokens_seen += int(gather(rollout.lengths).sum())
+            usable &= torch.tensor([reason == "stop" for reason in rollout.finish])
+        prompts = [prompt.ids for prompt in batch.prompts for _ in range(group)]
+        experience = build_experience(prompts, rollout, result.advantages, usable, group)
+        self.loop.state.num_input_tokens_seen += int(self.everywhere(rollout.lengths).sum())
         metrics = self.rollout_metrics(scores, rollout)
-        return experience, metrics | {"zero_std_groups": float(gather(result.zero_std).float().mean())}
+        return experience, metrics | {"zero_std_groups": float(self.everywhere(result.zero_std).float().mean())}
+
+    def reward_weights(self, scores: Scores) -> Tensor:
+        """(F,) one a reward function; ones for scores of the caller's own."""
+        count = scores.each.shape[1]
+        own = self.rewards is not None and len(self.rewards.weights) == count
+        return self.rewards.weights if own else torch.ones(count)
 
     def greedy_rewards(self, prompts: Sequence[Prompt]) -> Tensor:
         """(prompts,) reward of each prompt's greedy completion."""
@@ -202,11 +210,11 @@ class GRPOTrainer(RLTrainer):
         return built
 
     def _minibatch(self, experience: Experience, rows: Tensor) -> MiniBatch:
-        config, tokens = self.config, experience.per_sequence(experience.trained.long())
-        live = tokens[rows] > 0
+        config, tokens_of = self.config, experience.per_sequence(experience.trained.long())[rows]
+        live = tokens_of > 0
         if self.drops_zero_advantages:
             live &= experience.per_sequence((experience.trained & (experience.advantages != 0)).long())[rows] > 0
-        counts = torch.stack([experience.counted[rows].sum(), tokens[rows].sum(), tokens[rows][live].sum()]).float()
+        counts = torch.stack([experience.counted[rows].sum(), tokens_of.sum(), tokens_of[live].sum()]).float()
         sequences, tokens, live_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
         if live_tokens and not live.any():
             live[0] = True  # another process has something: DDP needs a backward here too, of weight 0
@@ -225,16 +233,7 @@ class GRPOTrainer(RLTrainer):
         def loss_of(micro: MicroBatch) -> Tensor:
             out = self.fused_loss(micro, minibatch, on_policy=on_policy)
             merge_metrics(sums, {"loss": out.loss.detach(), **out.metrics})
-            scored = micro.target_ids != IGNORE
-            if micro.ref_logprob is not None:
-                kl = kl_by_estimator(out.logprob[scored], micro.ref_logprob[scored], minibatch.live_tokens)
-                merge_metrics(sums, kl if self.config.beta else {**kl, "kl": kl["kl_k3"]})
-            if on_policy:
-                gap = (out.logprob - micro.extra.get("rollout_logprob", micro.old_logprob))[scored].abs()
-                gap = gap[gap.isfinite()]
-                largest = gap.max() if gap.numel() else gap.sum()
-                share = gap.sum() / minibatch.live_tokens
-                merge_metrics(sums, {"sampler_logprob_gap": share, "sampler_logprob_gap_max": largest})
+            merge_metrics(sums, self.distances(out.logprob, micro, minibatch.live_tokens, on_policy=on_policy))
             return out.loss
 
         self.loop.update(minibatch.micros, loss_of)
@@ -242,14 +241,28 @@ class GRPOTrainer(RLTrainer):
         self.loop.record(kept | {"no_gradient_steps": float(not minibatch.micros)})
         return kept
 
+    def distances(self, logprob: Tensor, micro: MicroBatch, tokens: float, *, on_policy: bool) -> dict[str, Tensor]:
+        """How far the policy is from the reference and, where they should be one, from what the sampler recorded."""
+        trained, found = micro.target_ids != IGNORE, {}
+        if micro.ref_logprob is not None:
+            found = kl_by_estimator(logprob[trained], micro.ref_logprob[trained], tokens)
+            found |= {} if self.config.beta else {"kl": found["kl_k3"]}  # else the loss says it
+        if on_policy:
+            gap = (logprob - micro.sampler_logprob)[trained].abs()
+            gap = gap[gap.isfinite()]
+            largest = gap.max() if gap.numel() else gap.sum()
+            found |= {"sampler_logprob_gap": gap.sum() / tokens, "sampler_logprob_gap_max": largest}
+        return found
+
     def fused_loss(self, micro: MicroBatch, minibatch: MiniBatch, *, on_policy: bool) -> Any:
         """`FusedLoss` of a micro-batch: its share of the minibatch's loss, with the gradient already formed."""
         config, by_token = self.config, self.loss.aggregation == "token_mean"
         batch = {
             "advantages": micro.advantages,
-            "logprob" if on_policy else "old_logprob": micro.old_logprob if config.needs_old or not on_policy else None,
+            "old_logprob": None if on_policy else micro.old_logprob,
+            "logprob": micro.old_logprob if on_policy and config.needs_old else None,
             "ref_logprob": micro.ref_logprob,
-            "rollout_logprob": micro.extra.get("rollout_logprob", micro.old_logprob) if config.needs_sampler else None,
+            "rollout_logprob": micro.sampler_logprob if config.needs_sampler else None,
             "old_entropy": micro.extra.get("old_entropy"),
             "entropy_threshold": minibatch.entropy_threshold,
             "normalizer": minibatch.tokens if by_token else minibatch.sequences,
@@ -279,7 +292,7 @@ class GRPOTrainer(RLTrainer):
         if self.loop.log is None:
             self.start()
         batch = as_batch(queries, responses, scores, self.tokenizer, self.sampler.settings)
-        experience, metrics = self.score(batch)
+        experience, metrics = self.advantages(batch)
         sums: dict[str, Tensor] = {}
         minibatches = self.minibatches(experience)
         for iteration in range(self.config.num_iterations):

@@ -346,10 +346,6 @@ class PPOTrainer(RLTrainer):
 
     # ---- over processes
 
-    def everywhere(self, rows: Tensor) -> Tensor:
-        """(B,) of this process -> those of all processes, on the CPU."""
-        return self.accelerator.gather(rows.to(self.accelerator.device)).cpu()
-
     def sum_everywhere(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Sums over all processes, in one exchange."""
         device = self.accelerator.device

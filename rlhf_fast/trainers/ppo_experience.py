@@ -125,26 +125,6 @@ def lay_out(sequences: Sequences, rows: Tensor, pad_id: int, *, packed: bool = F
     return Grid(inputs, target, segments, last, sequences.slot[index][target != IGNORE])
 
 
-def cut(rows: Tensor, lengths: Tensor, count: int, tokens: int | None, *, packed: bool = False) -> list[Tensor]:
-    """`rows` in parts of at most `count`; or, the longest first, of at most `tokens` tokens with their padding.
-
-    A sequence longer than `tokens` is a part of its own.
-    """
-    if tokens is None:
-        return list(rows.split(count))
-    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-    parts: list[list[int]] = []
-    size = 0
-    for row, length in zip(rows.tolist(), lengths[rows].tolist(), strict=True):
-        width = length if packed or not parts else int(lengths[parts[-1][0]])
-        if not parts or size + width > tokens:
-            parts.append([])
-            size, width = 0, length
-        parts[-1].append(row)
-        size += width
-    return [torch.tensor(part, device=rows.device) for part in parts]
-
-
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 

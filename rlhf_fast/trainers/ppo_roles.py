@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.trainers.experience import cut_rows
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.ppo_config import PPOConfig
-from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, cut, lay_out
+from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, lay_out
 from rlhf_fast.trainers.rollout.samplers import evaluating
 from rlhf_fast.trainers.sharding import autocast
 
@@ -41,8 +42,9 @@ class Roles:
         """The sequences `rows` in micro-batches of at most `count`, each with its part of the rows."""
         if len(rows) == 0:
             return []
-        packed = self.config.packing
-        parts = cut(rows, sequences.lengths, count, self.config.max_tokens_per_micro_batch, packed=packed)
+        packed, lengths = self.config.packing, sequences.lengths[rows].tolist()
+        cuts = cut_rows(rows.split(1), lengths, count, self.config.max_tokens_per_micro_batch, packed=packed)
+        parts = [torch.cat(part) for part in cuts]
         return [(lay_out(sequences, part, self.pad_token_id, packed=packed), part) for part in parts]
 
     def actor(self, grid: Grid, **options: Any) -> tuple[Any, Tensor | None]:

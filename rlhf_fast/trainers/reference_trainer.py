@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rlhf_fast.trainers.models.hf_utils import choose_attention, load_folder, vo
 from rlhf_fast.trainers.models.lora import merge_adapter
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.reference_config import ReferenceConfig
+from rlhf_fast.trainers.rollout.samplers import evaluating
 from rlhf_fast.trainers.sharding import autocast, load_whole, whole
 from rlhf_fast.types import FusedLoss
 
@@ -73,17 +75,13 @@ class ReferenceTrainer(FusedTrainer):
 
         Computed in the very tiles in which the policy's are, so that equal weights give equal bits.
         """
-        with self.reference.active() as model, autocast(self.accelerator, model):
-            training, was = model.training, {}
-            if training:  # the policy with its adapters off, which may be in training mode with dropout
-                was = {module: module.training for module in model.modules()}
-                model.eval()
-            try:
-                ids = batch["target_ids"]
-                return model(**model_inputs(batch), target_ids=ids, loss_fn=no_loss, segments=segments).logprob
-            finally:
-                for module, mode in was.items():
-                    module.training = mode
+        inputs = dict(**model_inputs(batch), target_ids=batch["target_ids"], loss_fn=no_loss, segments=segments)
+        with ExitStack() as stack:
+            model = stack.enter_context(self.reference.active())
+            stack.enter_context(autocast(self.accelerator, model))
+            if model.training:  # the policy with its adapters off, which may be in training mode with dropout
+                stack.enter_context(evaluating(model))
+            return model(**inputs).logprob
 
     def policy_metrics(self, out: FusedLoss, tokens: Tensor) -> dict[str, Tensor]:
         """The loss's metrics without the engine's row counts, and this batch's share of the mean entropy."""

@@ -211,7 +211,7 @@ class RLTrainer:
         single = names if 1 < len(names) == scores.each.shape[1] else []  # not the caller's own scores
         columns = [scores.total, rollout.lengths.cpu(), stopped, *scores.each.unbind(1)[: len(single)]]
         table = torch.stack([column.double() for column in columns], 1)
-        rewards, lengths, stopped, *each = self.accelerator.gather(table.to(self.accelerator.device)).cpu().unbind(1)
+        rewards, lengths, stopped, *each = self.everywhere(table).unbind(1)
         kept = rewards[rewards.isfinite()]
         metrics = {
             "reward": kept.mean() if len(kept) else math.nan,
@@ -227,6 +227,10 @@ class RLTrainer:
         for name in dict.fromkeys(name for part in said for name in part):
             metrics[name] = finite_mean(torch.tensor([part.get(name, math.nan) for part in said]))
         return {name: float(value) for name, value in metrics.items()}
+
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """(B, ...) of this process -> those of all processes, on the CPU. Every process has as many."""
+        return self.accelerator.gather(rows.to(self.accelerator.device)).cpu()
 
     def over_processes(self, metrics: Mapping[str, Tensor]) -> dict[str, Any]:
         """Sums over the processes, extremes where the name says so, in one exchange.

@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from rlhf_fast.trainers.data.dataset_info import load_rows
+from rlhf_fast.trainers.data.dataset_info import load_rows, split
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import (
     DataStats,
@@ -60,18 +58,10 @@ def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[P
     prompts, stats = load("dataset")
     if config.eval_dataset:
         return prompts, load("eval_dataset")[0], stats
-    return *held_out(prompts, config), stats
-
-
-def held_out(prompts: list[Prompt], config: RLConfig) -> tuple[list[Prompt], list[Prompt] | None]:
-    """(to train on, to evaluate on) as `val_size` says: a random split by the seed."""
     if not config.val_size:
-        return prompts, None
-    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(prompts)))
-    if held >= len(prompts):
-        raise ValueError(f"val_size={config.val_size} leaves none of {len(prompts)} rows to train on")
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return [prompts[i] for i in sorted(order[held:])], [prompts[i] for i in sorted(order[:held])]
+        return prompts, None, stats
+    kept, held = split(len(prompts), config.val_size, config.seed)
+    return [prompts[i] for i in kept], [prompts[i] for i in held], stats
 
 
 def make_perplexity(config: RLConfig, tokenizer: Any, vocabulary: int, texts: Any = None) -> Perplexity | None:

@@ -42,9 +42,9 @@ class RunningStats:
         for count, mean, m2 in every.tolist():
             self._merge(count, mean, m2)
 
-    def normalize(self, values: Tensor, *, eps: float = 1e-8) -> Tensor:
-        """(x - mean) / sqrt(variance + eps); NaN stays NaN."""
-        return (values - self.mean) / math.sqrt(self.variance + eps)
+    def normalize(self, values: Tensor) -> Tensor:
+        """(x - mean) / sqrt(variance + 1e-8); NaN stays NaN."""
+        return (values - self.mean) / math.sqrt(self.variance + 1e-8)
 
     def _merge(self, count: float, mean: float, m2: float) -> None:
         if count == 0:

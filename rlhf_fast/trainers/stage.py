@@ -20,7 +20,7 @@ from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback, check_tr
 from rlhf_fast.trainers.checkpoint import resume_path, step_of
 from rlhf_fast.trainers.config import TrainerConfig
 from rlhf_fast.trainers.config_types import names
-from rlhf_fast.trainers.data.dataset_info import load_rows
+from rlhf_fast.trainers.data.dataset_info import load_rows, split
 from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
 from rlhf_fast.trainers.data.readers import Rows
@@ -127,11 +127,8 @@ def load_data(config: TrainerConfig, tokenizer: Any, *, quiet: bool = False) -> 
         return (train, rows), load("eval_dataset")
     if not config.val_size:
         return (train, rows), (None, None)
-    held = int(config.val_size) if config.val_size >= 1 else max(1, round(config.val_size * len(train)))
-    if held >= len(train):
-        raise ValueError(f"val_size={config.val_size} leaves none of {len(train)} rows to train on")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return (train.select(sorted(order[held:])), rows), (train.select(sorted(order[:held])), rows)
+    kept, held = split(len(train), config.val_size, config.seed)
+    return (train.select(kept), rows), (train.select(held), rows)
 
 
 def tokenize(config: TrainerConfig, rows: Rows, tokenizer: Any) -> Any:

@@ -64,12 +64,6 @@ def no_softcap(case: Case) -> None:
         raise Unavailable("has no softcap")
 
 
-def no_masked(case: Case) -> None:
-    """Unavailable where tokens are left out."""
-    if case.masked:
-        raise Unavailable("cannot leave tokens out")
-
-
 def ignoring(fn: Callable) -> Callable:
     """Give a log-probability function that knows no ignored targets the rows as they are, and put zeros there."""
 

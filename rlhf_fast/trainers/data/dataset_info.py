@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from rlhf_fast.trainers.config_types import names, nearest
 from rlhf_fast.trainers.data.chat import SHAREGPT, Tags, as_messages
@@ -88,6 +89,19 @@ class DataSource(NamedTuple):
         if self.num_samples is not None:
             rows = rows.select(_sample(len(rows), self.num_samples, seed)[:max_samples])
         return rows if self.layout is None else rows.convert(self.layout)
+
+
+def split(rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """(to train on, to evaluate on): a random split by the seed, in the order of the rows.
+
+    Args:
+        held_out: `val_size`, a fraction below 1 or a number of rows.
+    """
+    held = int(held_out) if held_out >= 1 else max(1, round(held_out * rows))
+    if held >= rows:
+        raise ValueError(f"val_size={held_out} leaves none of {rows} rows to train on")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held:]), sorted(order[:held])
 
 
 def load_rows(config: Any, key: str = "dataset") -> Rows:
