@@ -42,7 +42,7 @@ from rlhf_fast.trainers.models.critic import ValueHead, critic_of_policy, load_c
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing, updating_mode
 from rlhf_fast.trainers.models.reward_model import pool_by_length
 from rlhf_fast.trainers.ppo_config import PPOConfig
-from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, join, with_mask
+from rlhf_fast.trainers.ppo_experience import Grid, RoleOutputs, Sequences, join, with_mask
 from rlhf_fast.trainers.ppo_metrics import rollout_metrics, rollout_sums
 from rlhf_fast.trainers.ppo_roles import Roles
 from rlhf_fast.trainers.reference_trainer import load_reference
@@ -211,44 +211,43 @@ class PPOTrainer(RLTrainer):
         with loop.timed("forward"):
             sequences = join(prompts, rollout, scores.isfinite())
             with self.whole_weights():
-                experience = self.roles.ask(sequences)
-            experience, metrics = self.advantages(sequences, experience, scores.to(sequences.ids.device))
+                outputs = self.roles.ask(sequences)
+            outputs, metrics = self.advantages(sequences, outputs, scores.to(sequences.ids.device))
         metrics["kl_coef"] = self.kl.value
         with loop.timed("update"):
-            self.optimise(sequences, experience)
+            self.optimise(sequences, outputs)
         progress = (loop.state.global_step + 1) / loop.state.max_steps
         self.kl.update(metrics.get("kl_sequence", math.nan), int(metrics.pop("sequences")), progress)
         loop.state.num_input_tokens_seen += int(self.everywhere(rollout.lengths).sum())
         return metrics
 
     def advantages(
-        self, sequences: Sequences, experience: Experience, scores: Tensor
-    ) -> tuple[Experience, dict[str, float]]:
+        self, sequences: Sequences, outputs: RoleOutputs, scores: Tensor
+    ) -> tuple[RoleOutputs, dict[str, float]]:
         """Score -> shaped rewards -> GAE -> whitening, over all processes."""
         config, offsets = self.config, sequences.cu_trained
         shaped = self.normal_scores(scores, sequences.terminated).nan_to_num(nan=0.0)  # a NaN's sequence has no token
         in_reward = self.reference is not None and config.kl_in == "reward"
-        pair = (experience.logprob, experience.ref_logprob) if in_reward else (None, None)
+        pair = (outputs.logprob, outputs.ref_logprob) if in_reward else (None, None)
         penalty = dict(kl_coef=self.kl.value, kl_estimator=config.estimator, kl_clip=config.kl_clip)
         scan: dict[str, Any] = dict(gamma=config.gamma, lam=config.lam, cu_seqlens=offsets)
         if config.bootstrap_truncated:
-            scan |= dict(terminated=sequences.terminated, bootstrap=experience.bootstrap)
+            scan |= dict(terminated=sequences.terminated, bootstrap=outputs.bootstrap)
         group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
         if config.ppo_whiten_rewards:
-            every = torch.ones_like(experience.values, dtype=torch.bool)
+            every = torch.ones_like(outputs.values, dtype=torch.bool)
             rewards = shape_rewards(shaped, *pair, cu_seqlens=offsets, mask=every, **penalty).rewards
             rewards = masked_whiten(rewards, shift_mean=False, process_group=group)
-            advantages, returns = gae(rewards, experience.values, **scan)
-        else:
-            whiten = config.whiten_advantages and group is None
+            advantages, returns = gae(rewards, outputs.values, **scan)
+        else:  # in one pass
             advantages, returns, rewards, _ = ppo_advantages(
-                shaped, experience.values, *pair, whiten=whiten, **penalty, **scan
+                shaped, outputs.values, *pair, whiten=False, **penalty, **scan
             )
-        if config.whiten_advantages and (config.ppo_whiten_rewards or group is not None):
+        if config.whiten_advantages:
             advantages = masked_whiten(advantages, process_group=group)
-        experience = experience._replace(advantages=advantages, returns=returns)
-        total = self.sum_everywhere(rollout_sums(sequences, experience, shaped, rewards, config.estimator))
-        return experience, rollout_metrics(total) | {"sequences": total["sequences"]}
+        outputs = outputs._replace(advantages=advantages, returns=returns)
+        total = self.sum_everywhere(rollout_sums(sequences, outputs, shaped, rewards, config.estimator))
+        return outputs, rollout_metrics(total) | {"sequences": total["sequences"]}
 
     def normal_scores(self, scores: Tensor, terminated: Tensor) -> Tensor:
         """Scores normalised, clipped, less the penalty of a missing end, as the config says."""
@@ -264,24 +263,24 @@ class PPOTrainer(RLTrainer):
 
     # ---- updates
 
-    def optimise(self, sequences: Sequences, experience: Experience) -> None:
+    def optimise(self, sequences: Sequences, outputs: RoleOutputs) -> None:
         """`ppo_epochs` passes over random minibatches; fewer when the policy has gone far from the rollout's."""
         config, loop = self.config, self.loop
         progress = loop.state.global_step / loop.state.max_steps
         self.loss = config.policy_loss(progress, self.kl.value)
         planned, done, stopped = config.ppo_epochs * self.minibatches_per_rollout, 0, False
-        for _ in range(config.ppo_epochs):
+        for _ in range(config.ppo_epochs):  # all of them draw an order: where `shuffle` is does not depend on the KL
             order = torch.randperm(len(sequences.lengths), generator=self.shuffle).to(sequences.ids.device)
             for rows in order.tensor_split(self.minibatches_per_rollout):
                 if stopped:
                     break
-                drift = self.update(sequences, experience, rows, on_policy=done == 0)
+                drift = self.update(sequences, outputs, rows, on_policy=done == 0)
                 done += 1
                 stopped = config.early_stop_kl is not None and drift > config.early_stop_kl
         loop.pass_updates(planned - done)
         loop.record({"updates": float(done), "epsilon": self.loss.clip_low})
 
-    def update(self, sequences: Sequences, experience: Experience, rows: Tensor, *, on_policy: bool) -> float:
+    def update(self, sequences: Sequences, outputs: RoleOutputs, rows: Tensor, *, on_policy: bool) -> float:
         """One optimiser step on the sequences `rows`; returns the mean KL from the rollout's policy before it."""
         counts = self.sum_everywhere(
             {"tokens": sequences.trained[rows].sum(), "rows": (sequences.trained[rows] > 0).sum()}
@@ -294,7 +293,7 @@ class PPOTrainer(RLTrainer):
         sums: dict[str, Tensor] = {}
 
         def loss_of(grid: Grid) -> Tensor:
-            loss, metrics = self.losses(grid, experience, counts, on_policy=on_policy)
+            loss, metrics = self.losses(grid, outputs, counts, on_policy=on_policy)
             merge_metrics(sums, {"loss": loss.detach(), **metrics})
             return loss
 
@@ -304,39 +303,36 @@ class PPOTrainer(RLTrainer):
         return float(kept.get("approx_kl", 0.0)) if self.config.early_stop_kl is not None else 0.0
 
     def losses(
-        self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool
+        self, grid: Grid, outputs: RoleOutputs, counts: Mapping[str, float], *, on_policy: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the minibatch's loss, of actor and critic, and its metrics."""
-        config = self.config
-        critic_only = self.loop.state.global_step < config.critic_warmup_steps
         tokens = max(counts["tokens"], 1)
-        if critic_only:
+        if self.loop.state.global_step >= self.config.critic_warmup_steps:
+            out, hidden = self.roles.actor(grid, **self.loss_inputs(grid, outputs, counts, on_policy=on_policy))
+            loss, metrics = out.loss, {"kl_loss" if name == "kl" else name: v for name, v in out.metrics.items()}
+        else:  # the critic learns alone
             with torch.no_grad():
                 hidden = self.roles.actor(grid)[1] if self.roles.shared else None
-        else:
-            out, hidden = self.roles.actor(grid, **self.loss_inputs(grid, experience, counts, on_policy=on_policy))
+            loss, metrics = 0.0, {}
         values = self.roles.values(grid, hidden, grid.positions)
-        old, returns = experience.values[grid.slots], experience.returns[grid.slots]
-        critic = value_loss(values, old, returns, clip=config.cliprange_value, normalizer=tokens)
+        old, returns = outputs.values[grid.slots], outputs.returns[grid.slots]
+        critic = value_loss(values, old, returns, clip=self.config.cliprange_value, normalizer=tokens)
         share = len(grid.slots) / tokens
-        metrics = {"value_loss": critic.loss.detach(), "value_clip_fraction": critic.metrics["clip_fraction"] * share}
-        metrics["value_error"] = critic.metrics["error"] * share
-        if critic_only:
-            return config.vf_coef * critic.loss, metrics
-        actor = {"kl_loss" if name == "kl" else name: value for name, value in out.metrics.items()}
-        return out.loss + config.vf_coef * critic.loss, actor | metrics
+        metrics["value_loss"] = critic.loss.detach()
+        metrics |= {f"value_{name}": critic.metrics[name] * share for name in ("clip_fraction", "error")}
+        return loss + self.config.vf_coef * critic.loss, metrics
 
     def loss_inputs(
-        self, grid: Grid, experience: Experience, counts: Mapping[str, float], *, on_policy: bool
+        self, grid: Grid, outputs: RoleOutputs, counts: Mapping[str, float], *, on_policy: bool
     ) -> dict[str, Any]:
         """What the fused head takes to form the actor's loss and gradient in its forward."""
         config, tokens = self.config, max(counts["tokens"], 1)
         by_token = self.loss.aggregation == "token_mean"
         batch = {
-            "advantages": grid.spread(experience.advantages),
-            "old_logprob": None if on_policy else grid.spread(experience.logprob),
-            "logprob": grid.spread(experience.logprob) if on_policy and config.needs_old else None,
-            "ref_logprob": grid.spread(experience.ref_logprob) if self.loss.beta else None,
+            "advantages": grid.spread(outputs.advantages),
+            "old_logprob": None if on_policy else grid.spread(outputs.logprob),
+            "logprob": grid.spread(outputs.logprob) if on_policy and config.needs_old else None,
+            "ref_logprob": grid.spread(outputs.ref_logprob) if self.loss.beta else None,
             "normalizer": tokens if by_token else max(counts["rows"], 1),
             "entropy_normalizer": tokens,
             "num_tokens": tokens,

@@ -41,7 +41,7 @@ class Sequences(NamedTuple):
         return self.cu_trained.diff()
 
 
-class Experience(NamedTuple):
+class RoleOutputs(NamedTuple):
     """What the roles said, (N,) fp32 each."""
 
     logprob: Tensor  # of the actor before the updates

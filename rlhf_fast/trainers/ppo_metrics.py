@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops.kl import kl_estimate
-from rlhf_fast.trainers.ppo_experience import Experience, Sequences
+from rlhf_fast.trainers.ppo_experience import RoleOutputs, Sequences
 
 ESTIMATORS = ("k1", "k2", "k3")
 
 
 def rollout_sums(
-    sequences: Sequences, experience: Experience, scores: Tensor, rewards: Tensor, estimator: str
+    sequences: Sequences, outputs: RoleOutputs, scores: Tensor, rewards: Tensor, estimator: str
 ) -> dict[str, Tensor]:
     """Sums over this process's trained tokens and sequences, fp64 where they are squared.
 
@@ -22,8 +22,8 @@ def rollout_sums(
         scores: (B,): what was put on the last tokens. rewards: (N,): per token, with the KL where it is in them.
         estimator: of the KL that is trained on.
     """
-    values, returns = experience.values.double(), experience.returns.double()
-    gap = (experience.logprob - sequences.sampler_logprob).abs()
+    values, returns = outputs.values.double(), outputs.returns.double()
+    gap = (outputs.logprob - sequences.sampler_logprob).abs()
     live, known = sequences.trained > 0, gap.isfinite()
     sums = {
         "tokens": torch.ones_like(values).sum(),
@@ -38,8 +38,8 @@ def rollout_sums(
         "known": known.sum(),
         "gap": gap[known].sum(),
     }
-    if experience.ref_logprob is not None:
-        pair = experience.logprob, experience.ref_logprob
+    if outputs.ref_logprob is not None:
+        pair = outputs.logprob, outputs.ref_logprob
         sums |= {f"kl_{name}": kl_estimate(*pair, estimator=name).sum() for name in ESTIMATORS}
         sums["kl"] = kl_estimate(*pair, estimator=estimator).sum()
     return sums

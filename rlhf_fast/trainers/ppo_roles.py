@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlhf_fast.trainers.experience import cut_rows
 from rlhf_fast.trainers.models.policy import Reference
 from rlhf_fast.trainers.ppo_config import PPOConfig
-from rlhf_fast.trainers.ppo_experience import Experience, Grid, Sequences, lay_out
+from rlhf_fast.trainers.ppo_experience import Grid, RoleOutputs, Sequences, lay_out
 from rlhf_fast.trainers.rollout.samplers import evaluating
 from rlhf_fast.trainers.sharding import autocast
 
@@ -70,7 +70,7 @@ class Roles:
             return model(**grid.inputs, target_ids=grid.target_ids, temperature=self.config.temperature).logprob
 
     @torch.no_grad()
-    def ask(self, sequences: Sequences) -> Experience:
+    def ask(self, sequences: Sequences) -> RoleOutputs:
         """What every role says about every trained token, before the updates; none of them drops anything out."""
         tokens, device = int(sequences.cu_trained[-1]), sequences.ids.device
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
@@ -86,4 +86,4 @@ class Roles:
                     ref_logprob[grid.slots] = self.reference_logprob(grid).flatten()[where]
                 found = self.values(grid, hidden, torch.cat([where, grid.last])).to(dtype)
                 values[grid.slots], bootstrap[rows] = found.split([len(where), len(rows)])
-        return Experience(logprob, ref_logprob if self.reference is not None else None, values, bootstrap)
+        return RoleOutputs(logprob, ref_logprob if self.reference is not None else None, values, bootstrap)

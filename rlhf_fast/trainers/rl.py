@@ -41,7 +41,7 @@ from rlhf_fast.trainers.stepwise import as_queries
 
 
 class RLTrainer:
-    """A policy, its prompts, its rewards and its sampler. Subclasses bring `train`.
+    """A policy, its prompts, its rewards and its sampler. Subclasses bring `run`.
 
     Args:
         model: a transformers causal LM, plain or a PEFT model; its head is fused here.
