@@ -116,6 +116,11 @@ def names(value: str | Iterable[str] | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @cache
 def field_types(cls: type) -> dict[str, Any]:
     """{field: type} of a dataclass, annotations resolved along its bases."""

@@ -10,8 +10,7 @@ import torch
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.registry import variant
 from rlhf_fast.ops.advantages import advantage_options, group_advantages
-from rlhf_fast.trainers.config import find_model, require
-from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.config import require
 from rlhf_fast.trainers.rl_config import RLConfig
 
 
@@ -47,8 +46,6 @@ class GRPOConfig(RLConfig):
     off_policy_mask_threshold: float | None = None  # drops sequences of negative advantage that drifted further
     # ---- reference
     beta: float = 0.0  # weight of the KL against it; 0, and no max_kl: no reference model
-    ref_model: str | None = None  # its folder; None: the policy as it is at the start
-    ref_model_adapters: str | list[str] | None = None  # adapters to merge into ref_model
     kl_estimator: str = "k3"
     kl_gradient: str | None = None
     kl_correction: bool = False  # the KL times the ratio (DeepSeek-V3.2)
@@ -73,8 +70,6 @@ class GRPOConfig(RLConfig):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("beta", self.beta, self.beta >= 0, "at least 0")
         require("top_entropy_quantile", self.top_entropy_quantile, 0 < self.top_entropy_quantile <= 1, "in (0, 1]")
-        if self.ref_model_adapters and not self.ref_model:
-            raise ValueError("ref_model_adapters goes with ref_model, the model under them")
         for name in ("ref_model", "sync_ref_model"):
             if getattr(self, name) and not self.needs_reference:
                 raise ValueError(f"{name} is given, but there is no reference: beta is 0, and there is no max_kl")
@@ -82,13 +77,6 @@ class GRPOConfig(RLConfig):
             raise ValueError("share_prompts and packing are both true; choose one")
         self.policy_loss()  # checks the loss's options
         self._check_advantages()
-
-    def check_paths(self) -> None:
-        super().check_paths()
-        if self.ref_model:
-            find_model("ref_model", self.ref_model)
-        for adapter in names(self.ref_model_adapters):
-            find_model("ref_model_adapters", adapter)
 
     @property
     def greedy_baseline(self) -> bool:

@@ -33,8 +33,6 @@ class PPOConfig(RLConfig):
     critic_model: str | None = None  # its folder; None: the (first) reward model, else a copy of the policy
     critic_learning_rate: float | None = None  # None: learning_rate
     critic_warmup_steps: int = 0  # first steps in which the critic learns alone
-    ref_model: str | None = None  # its folder; None: the policy as it is at the start
-    ref_model_adapters: str | list[str] | None = None  # adapters to merge into ref_model
     # ---- reward
     ppo_score_norm: bool = False  # scores by their running mean and std
     score_clip: float | None = None  # bound of |score|, after ppo_score_norm
@@ -101,8 +99,6 @@ class PPOConfig(RLConfig):
             raise ValueError("kl_coef is 0: no reference is used; leave out ref_model, its adapters and sync_ref_model")
         if self.kl_coef == 0 and self.max_kl is not None:
             raise ValueError("max_kl stops the run by the KL against the reference, and kl_coef 0 has none")
-        if self.ref_model_adapters and not self.ref_model:
-            raise ValueError("ref_model_adapters goes with ref_model, the model under them")
         if self.critic == "shared" and self.critic_model is not None:
             raise ValueError("critic is shared, a value head on the policy: leave out critic_model")
         if self.ppo_buffer_size > 1 and (self.steps_per_generation or self.generation_batch_size):
@@ -115,7 +111,7 @@ class PPOConfig(RLConfig):
         super().check_paths()
         if not names(self.reward_model) and not names(self.reward_funcs):
             raise ValueError("reward_model or reward_funcs is required: without either nothing scores the completions")
-        for name in ("reward_model", "critic_model", "ref_model", "ref_model_adapters"):
+        for name in ("reward_model", "critic_model"):
             for folder in names(getattr(self, name)):
                 find_model(name, folder)
 

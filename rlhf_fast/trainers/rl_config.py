@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_fast.trainers.config import require
+from rlhf_fast.trainers.reference_config import ReferenceOptions
 from rlhf_fast.trainers.rollout.config import RolloutConfig
 
 
 @dataclass(kw_only=True)
-class RLConfig(RolloutConfig):
+class RLConfig(ReferenceOptions, RolloutConfig):
     """A rollout is `generation_batch_size` sequences over all processes; one optimiser step is a minibatch of it.
 
     A minibatch has per_device_train_batch_size x gradient_accumulation_steps x processes sequences, so a rollout
@@ -31,10 +32,6 @@ class RLConfig(RolloutConfig):
     reward_model_weights: list[float] | None = None  # of the members in mean and std
     reward_normalize: bool = False  # each member's scores by their own running mean and std, before they meet
     reward_timeout: float | None = None  # seconds that a reward function may take for a rollout
-    # ---- reference
-    sync_ref_model: bool = False  # every ref_model_sync_steps: reference <- a policy + (1 - a) reference
-    ref_model_mixup_alpha: float = 0.6  # a; 1 copies, and small values with ref_model_sync_steps 1 are an EMA
-    ref_model_sync_steps: int = 512
     # ---- updates
     lr_scheduler_type: str = "linear"
     learning_rate: float = 1e-6
@@ -55,12 +52,10 @@ class RLConfig(RolloutConfig):
 
     def validate(self) -> None:
         super().validate()
-        require("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps >= 1, "at least 1")
         optional = ("max_prompt_length", "generation_batch_size", "steps_per_generation")
         for name in (*optional, "max_tokens_per_micro_batch"):
             value = getattr(self, name)
             require(name, value, value is None or value >= 1, "at least 1 or null")
-        require("ref_model_mixup_alpha", self.ref_model_mixup_alpha, 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         for name in ("reward_timeout", "max_kl"):
             value = getattr(self, name)
             require(name, value, value is None or value > 0, "above 0 or null")

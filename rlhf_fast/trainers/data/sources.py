@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_fast.trainers.config_types import first_line
+
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet", ".arrow")
 SAVED = ("state.json", "dataset_dict.json")  # mark the folders of Dataset.save_to_disk and DatasetDict.save_to_disk
 BLOCK = 1 << 20  # bytes of JSON lines read at once
@@ -130,7 +132,7 @@ def _load_from_disk(path: Path, split: str | None) -> Any:
     try:
         data = load_from_disk(str(path))
     except Exception as error:  # of pyarrow, of json, of the library itself
-        raise ValueError(f"{path}: not readable as a folder of save_to_disk: {_first_line(error)}") from None
+        raise ValueError(f"{path}: not readable as a folder of save_to_disk: {first_line(error)}") from None
     if hasattr(data, "keys"):
         splits = list(data)
         name = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
@@ -148,7 +150,7 @@ def _arrow(read: Callable[[Path], Any], path: Path) -> Any:
     try:
         return read(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names of columns that are not UTF-8
-        raise ValueError(f"{path}: not readable as {path.suffix}: {_first_line(error)}") from None
+        raise ValueError(f"{path}: not readable as {path.suffix}: {first_line(error)}") from None
 
 
 def _read_csv(path: Path) -> Any:
@@ -184,7 +186,7 @@ def _gunzip(path: Path) -> bytes:
         with gzip.open(path, "rb") as f:
             return f.read()
     except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: not readable as .gz: {_first_line(error)}") from None
+        raise ValueError(f"{path}: not readable as .gz: {first_line(error)}") from None
 
 
 def _first_character(path: Path) -> bytes:
@@ -219,7 +221,7 @@ def parse_json(data: bytes, where: str, *, lines: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"{where}: not usable JSON: nested too deeply") from None
     except ValueError as error:  # a key twice; an integer of thousands of digits
-        raise ValueError(f"{where}: not usable JSON: {_first_line(error)}") from None
+        raise ValueError(f"{where}: not usable JSON: {first_line(error)}") from None
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -237,7 +239,3 @@ def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {list: "a list", str: "a string", int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

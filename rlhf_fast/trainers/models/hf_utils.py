@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_fast.trainers.config import RunConfig, find_model
-from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.config_types import first_line, names
 from rlhf_fast.trainers.data.templates import apply_template
 from rlhf_fast.trainers.memory_advice import is_out_of_memory
 from rlhf_fast.trainers.models.lora import base_of, choose_trained, merge_adapter
@@ -33,7 +33,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # of its own reader, of JSON, of transformers
-        raise ValueError(f"{key}: no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+        raise ValueError(f"{key}: no tokenizer could be loaded from {name}: {first_line(error)}") from error
     if missing := _missing_vocabulary(tokenizer, Path(name)):
         raise ValueError(f"{key}: the tokenizer in {name} has no vocabulary: {missing} is missing")
     return ready_tokenizer(apply_template(tokenizer, config.template))
@@ -139,7 +139,7 @@ def _from_pretrained(key: str, name: str, auto_class: str, **options: Any) -> nn
     except Exception as error:  # transformers, safetensors and torch have a type each for a file that is damaged
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{key}: no model could be loaded from {name}: {reason}") from error
     body = f"{model.base_model_prefix}." if auto_class == CLASSIFIER else ""  # its head may be a new one
     missing = sorted(n for n in found["missing_keys"] if n.startswith(body))
@@ -212,7 +212,3 @@ def check_window(model: nn.Module, longest: int, what: str) -> None:
     if any(table.num_embeddings in (window, window + 2) for table in tables):  # OPT's table has two rows more
         raise ValueError(text)
     warnings.warn(text, stacklevel=2)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
