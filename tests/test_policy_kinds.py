@@ -7,7 +7,7 @@ import torch
 from policy_cases import KINDS, make_batch, options_of, ours_with_noise, pack, run
 
 from rlhf_fast import reference
-from rlhf_fast.losses import policy_loss, policy_loss_kinds
+from rlhf_fast.losses import PolicyLoss, policy_loss, policy_loss_kinds
 from rlhf_fast.reference import policy as oracle
 
 # fp64 on both sides: sums of some 30 terms of size up to 5, in different orders.
@@ -99,6 +99,21 @@ def test_reference_defaults_are_those_of_the_library(kind):
     batch = make_batch(seed=5, spread=1.0)
     ours = run(ours_with_noise, batch, kind, with_noise=True, **options)
     assert_same(ours, run(oracle.policy_loss, batch, kind, with_noise=True, **options), **EXACT)
+
+
+CLIPS = {"low": {"clip_low": 0.1}, "high": {"clip_high": 0.15}, "both": {"clip_low": 0.1, "clip_high": 0.15}}
+
+
+@pytest.mark.parametrize("clips", CLIPS.values(), ids=CLIPS.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_clip_alone_is_read_alike(kind, clips):
+    """clip_low alone is symmetric, also for the kinds with an upper clip of their own (dapo, gspo, ...)."""
+    batch = make_batch(spread=0.6)
+    given = {name: value for name, value in options_of(kind).items() if not name.startswith("clip_")} | clips
+    ours, theirs = (run(f, batch, kind, with_noise=True, **given) for f in (ours_with_noise, oracle.policy_loss))
+    assert_same(ours, theirs, **EXACT)
+    if kind in ("dapo", "gspo", "luspo", "geo_mean") and "clip_high" not in clips:
+        assert PolicyLoss(kind, **given).clip_high == 0.1
 
 
 def test_every_kind_has_a_reference():

@@ -47,7 +47,7 @@ def policy_loss(
             taken as equal to old_logprob.
         importance_weight: finished weights of the policy term in the place of `correction`, whatever bounded them and
             whatever they reject (0); the KL and the entropy keep theirs. The shapes of `advantages`. Constant.
-        options: those of `PolicyLoss`, and the kind's own parameters.
+        options: those of `PolicyLoss`, and the kind's own parameters. clip_low given alone is symmetric.
     Returns: (loss (), metrics), fp32 (fp64 for fp64 input), on the input's device. Metrics are means over tokens
         (sequence-level ratios too, where TRL averages over sequences), constants, never moved to the host.
     Raises: ValueError naming the tensor or option, what was expected and what came.

@@ -40,8 +40,9 @@ class PolicyLoss(ReadyMade):
     Args:
         kind: a registered name: ppo, grpo, dapo, dr_grpo, bnpo, gspo, luspo, cispo, sapo, vespo, gpg, geo_mean,
             clip_cov, kl_cov, dppo_tv, dppo_kl, dro, reinforce, or your own.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; clip_high None: as clip_low.
-            For cispo clip_high is the cap itself.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. clip_low given alone is symmetric:
+            clip_high is then the same, whatever the kind's own is (as TRL's epsilon). For cispo clip_high is the cap
+            itself, and clip_low does not touch it.
         delta: upper bound of the unclipped ratio (INTELLECT-2). dual_clip: bound of the loss, dual_clip |A|, where
             A < 0 (Ye et al. 2019), > 1.
         beta, kl_estimator, kl_gradient: the KL term against `ref_logprob`; see `kl_estimate`.

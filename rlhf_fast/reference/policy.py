@@ -181,10 +181,14 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss () and metrics of `rlhf_fast.policy_loss`, whose docstring defines the arguments; any dtype, any kind.
 
+    clip_low given alone is symmetric, as in TRL: clip_high is then the same, whatever the kind's own is.
     `noise`: the random keys of clip_cov's draw, shaped like logprob.
     """
     function, aggregation, defaults, params = KINDS[kind]
     params = {name: options.pop(name, value) for name, value in params.items()}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "clip_low" in options and "clip_low" in defaults:  # given alone it is symmetric
+        defaults = {**defaults, "clip_high": None}
     o = SimpleNamespace(**{**_OPTIONS, "aggregation": aggregation, **defaults, **options}, params=params)
     o.clip_high = o.clip_low if o.clip_high is None else o.clip_high
     tokens = {"logprob": logprob, "old": old_logprob, "ref": ref_logprob, "entropy": entropy}
