@@ -115,6 +115,20 @@ def test_empty_batch(kind):
     assert all(m.isfinite() for m in metrics.values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dims", [(3,), (3, 1), (3, 0)], ids=["(B,)", "(B, 1)", "(B, T)"])
+def test_rows_without_a_token(kind, dims):
+    """(B, 0): advantages may be one for each row, and no token takes them."""
+    logprob = torch.zeros(3, 0, requires_grad=True)
+    for mask in (None, torch.ones(3, 0, dtype=torch.bool)):
+        given = dict(kind=kind, mask=mask, importance_weight=torch.ones(dims), **options_of(kind))
+        loss, metrics = policy_loss(logprob, torch.zeros(3, 0), torch.ones(dims), **given)
+        (grad,) = torch.autograd.grad(loss, logprob)
+        assert loss == 0
+        assert grad.shape == (3, 0)
+        assert all(m.isfinite() for m in metrics.values())
+
+
 # ---- chunks of the fused head ------------------------------------------------------------------------------
 
 

@@ -478,3 +478,6 @@ def test_errors_of_shapes():
         preference_loss(tokens, tokens, B, B, lengths=(B, B))
     with pytest.raises(ValueError, match="pair_weight must be absent"):
         preference_loss(tokens, tokens, B, B, kind="aot", pair_weight=B)
+    for kind in ("aot", "aot_unpaired", ["sigmoid", "aot"]):
+        with pytest.raises(ValueError, match="pair_weight must be absent for losses that sort"):
+            preference_loss(B, B, B, B, kind=kind, pair_weight=B)

@@ -104,10 +104,10 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _token_or_row(name: str, tensor: Tensor, logprob: Tensor) -> Tensor:
-    """(B, T), (B,) or (B, 1) -> (B T,) or (B,)."""
+    """(B, T), (B,) or (B, 1) -> (B T,) or (B,); (0,) where T = 0."""
     _checks.check_tensor(name, tensor)
     rows, columns = logprob.shape
     shape = tuple(tensor.shape)
     if shape not in ((rows, columns), (rows,), (rows, 1)):
         raise ValueError(f"{name} must be (B, T)=({rows}, {columns}) or (B,)=({rows},), got {_checks.shape_str(shape)}")
-    return tensor.reshape(-1)
+    return tensor.reshape(-1) if columns else tensor.new_empty(0)  # no token belongs to any row

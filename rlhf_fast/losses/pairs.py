@@ -53,6 +53,12 @@ def check_two(name: str, pair: object) -> None:
         raise ValueError(f"{name} must be two tensors, of chosen and rejected, got {got}")
 
 
+def check_pair_weight(o: PreferenceLoss, pair_weight: Tensor | None) -> None:
+    """Raise where sorting would part pairs from their weights."""
+    if pair_weight is not None and o.needs_batch:
+        raise ValueError("pair_weight must be absent for losses that sort over the batch (aot, aot_unpaired)")
+
+
 class FlatPairs(NamedTuple):
     """Padded pairs as one flat batch."""
 
@@ -133,9 +139,8 @@ def prepare_pairs(
     out: dict[str, Any] = {"is_chosen": is_chosen, "valid": mask, "segment_ids": segments.ids, "num_segments": pairs}
     chosen_length, rejected_length = _split_sum(mask.long(), out)
     valid = (chosen_length > 0) & (rejected_length > 0)
+    check_pair_weight(o, given.get("pair_weight"))
     if "pair_weight" in given:
-        if o.needs_batch:
-            raise ValueError("pair_weight must be absent for losses that sort over the batch (aot, aot_unpaired)")
         valid = valid & (given["pair_weight"] != 0)
         out["pair_weight"] = given["pair_weight"].detach()
     out.update(valid_pair=valid, chosen_length=chosen_length.clamp(min=1), rejected_length=rejected_length.clamp(min=1))

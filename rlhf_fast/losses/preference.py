@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.losses.pairs import check_two, flatten_pairs, pair_segments, prepare_pairs, token_sums
+from rlhf_fast.losses.pairs import check_pair_weight, check_two, flatten_pairs, pair_segments, prepare_pairs, token_sums
 from rlhf_fast.losses.preference_kinds import (
     F_ALIASES,
     PairTerms,
@@ -266,7 +266,7 @@ def preference_loss(
         lengths: two (B,) tensors of token counts, for (B,) input to kinds that average over length (ipo, simpo, ...),
             average_logprob and weighting "wpo".
         log_sum_sq: two tensors shaped like per-token chosen and rejected, for weighting "wpo".
-        pair_weight: (B,). Constant; 0: the pair does not count, whatever it holds.
+        pair_weight: (B,). Constant; 0: the pair does not count, whatever it holds. Not for aot and aot_unpaired.
         normalizer: global count of pairs; None: this batch's that count.
         chosen_tokens: global count of chosen tokens, behind the token mean of the sft, cpo and orpo terms.
         bco_delta: reward shift of bco_pair, () or a number.
@@ -329,6 +329,7 @@ def _sequence_level(
             _checks.check_float(name, tensor)
             _checks.check_shape(name, tensor, size, "(B,)")
     _checks.check_same_device(chosen=logprobs[0], **given)
+    check_pair_weight(o, pair_weight)
     if lengths is not None:
         check_two("lengths", lengths)
         for name, tensor in zip(("lengths of chosen", "lengths of rejected"), lengths, strict=True):
