@@ -537,5 +537,7 @@ def test_bad_options_are_named(tmp_path):
         GRPOTrainer(tiny(), make_tokenizer(), [], digits_sum, config(tmp_path))
     with pytest.raises(ValueError, match="a, line 3: token id 99.* outside the model.s vocabulary 0..14"):
         GRPOTrainer(tiny(), make_tokenizer(), [Prompt([3, 99], "", {}, "a, line 3")], digits_sum, config(tmp_path))
+    with pytest.raises(ValueError, match=r"model must be a transformers causal LM, got 'some/model' \(str\)"):
+        GRPOTrainer("some/model", make_tokenizer(), [], digits_sum, config(tmp_path))
     with pytest.raises(ValueError, match="no complete checkpoint in"):
         trainer(tmp_path, resume_from_checkpoint=True)

@@ -191,6 +191,62 @@ def test_damaged_model_folders_are_named(run, stage):
         shutil.copytree(whole, run.folder / "model")
 
 
+def test_a_reward_module_beside_the_configuration_is_found_and_a_broken_one_named(run, tmp_path):
+    """By the console script, whose path has neither the working directory nor the configuration's folder."""
+    (tmp_path / "beside.py").write_text("def score(completions, **_):\n    return [1.0 for _ in completions]\n")
+    for name, text in {
+        "torn": "def f(:\n",
+        "raises": "x = 1\ny = x / 0\n",
+        "needs": "import nothing_like_it\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    words = {
+        "torn": "torn cannot be imported: SyntaxError: invalid syntax (torn.py, line 1)",
+        "raises": "raises cannot be imported: ZeroDivisionError: division by zero (raises.py, line 2)",
+        "needs": "needs cannot be imported: ModuleNotFoundError: No module named 'nothing_like_it'",
+        "absent": "no module 'absent' on Python's path, to which `rlhf-fast train` adds the working directory",
+    }
+    for name, text in words.items():
+        refused(
+            run("grpo", [ROWS["grpo"]] * 4, f"reward_funcs={name}:score"), f"reward function '{name}:score': {text}"
+        )
+    program = "import sys; sys.path = [p for p in sys.path if p]; from rlhf_fast.cli.main import app; app()"
+    command = [sys.executable, "-c", program, "train", str(tmp_path / "run.yaml"), "reward_funcs=beside:score"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_a_padding_token_outside_of_the_embedding(run, stage):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(run.folder / "model")
+    words = "the tokenizer's pad_token '[PAD]' has id 15, the model's embedding 15 rows: "
+    refused(run(stage, [ROWS[stage]] * 4), words, "model.resize_token_embeddings")
+
+
+def test_what_would_be_lost_or_is_not_there(run):
+    rows = [ROWS["sft"]] * 4
+    refused(
+        run("sft", rows, f"output_dir={run.folder}/model/../model"), "output_dir is the folder of model_name_or_path"
+    )
+    refused(
+        run("sft", rows, "resume_from_checkpoint=latest"), "no complete checkpoint", "one is written every save_steps"
+    )
+    refused(run("grpo", rows, "pass_at_k=4"), "pass_at_k=4 of num_generations=2 completions")
+    assert run("sft", rows, "save_steps=1").exit_code == 0
+    words = ["resume_from_checkpoint=latest", "max_steps=2", "optim=sgd"]
+    refused(run("sft", rows, *words), "the optimiser in ", "checkpoint-1 is AdamW, this run's SGD")
+    assert run("sft", rows, *words[:2], "optim=adamw_torch").exit_code == 0
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_bf16_on_a_machine_without_an_accelerator(run, stage):
+    done = run(stage, [ROWS[stage]] * 4, "bf16=true", "use_cpu=false")
+    assert done.exit_code == 0, done.stderr
+
+
 def test_options_that_only_a_library_can_judge(run):
     rows = [ROWS["grpo"]] * 4
     refused(run("grpo", rows, "lr_scheduler_type=bogus"), "lr_scheduler_type: bogus is not a valid SchedulerType")

@@ -19,6 +19,7 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = 
     from rlhf_fast.trainers.config import load_config, run
     from rlhf_fast.trainers.run_log import is_main_process
 
+    _find_modules(Path(config))
     resolved = load_config(config, overrides)
     if dry_run:
         return _dry_run(resolved)
@@ -27,6 +28,13 @@ def train(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = 
     if is_main_process():
         _print_summary(summary, resolved.output_dir)
     return summary
+
+
+def _find_modules(config: Path) -> None:
+    """A reward function's module may lie in the working directory or beside the configuration; others come first."""
+    for folder in dict.fromkeys((os.getcwd(), str(config.absolute().parent))):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def leave_ranks() -> None:

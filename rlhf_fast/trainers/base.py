@@ -26,7 +26,7 @@ from rlhf_fast.trainers.checkpoint import read_marker
 from rlhf_fast.trainers.data.sequences import first_sequences
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.meters import Sums
-from rlhf_fast.trainers.models.hf_utils import ready_tokenizer
+from rlhf_fast.trainers.models.hf_utils import check_special_tokens, ready_tokenizer
 from rlhf_fast.trainers.models.policy import updating_mode
 from rlhf_fast.trainers.restore import load_state, own_file
 from rlhf_fast.trainers.resumable import ResumableTrainer
@@ -64,7 +64,7 @@ class FusedTrainer(ResumableTrainer):
         disable_dropout: bool = False,
         **kwargs: Any,
     ):
-        ready_tokenizer(processing_class)
+        check_special_tokens(model, ready_tokenizer(processing_class))
         args.remove_unused_columns = False
         if args.n_gpu > 1:  # DataParallel cannot gather a fused loss; torchrun gives one process a GPU
             args._n_gpu = 1

@@ -307,7 +307,10 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | os.PathLike | b
     if wanted is True or str(wanted) == "latest":
         path = last_checkpoint(output_dir)
         if path is None:
-            raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {output_dir}")
+            raise ValueError(
+                f"resume_from_checkpoint: no complete checkpoint in {output_dir} (one is written every save_steps, and "
+                "0, the default, is never)"
+            )
         return path
     path = Path(wanted)
     if not path.is_dir():

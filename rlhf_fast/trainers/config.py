@@ -215,6 +215,8 @@ class RunConfig:
         self.dataset_paths("dataset")
         self.dataset_paths("eval_dataset")
         output = Path(self.output_dir)
+        if output.expanduser().resolve() == Path(self.model_name_or_path).expanduser().resolve():
+            raise ValueError(f"output_dir is the folder of model_name_or_path, {output}: it would be overwritten")
         if output.exists() and not output.is_dir():
             raise ValueError(f"output_dir must be a folder, got the file {output}")
 

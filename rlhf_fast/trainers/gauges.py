@@ -142,7 +142,7 @@ ILLNESSES = [
     ),
     Illness(
         "no spread",
-        lambda h: h.now("zero_std_groups") / 0.8,
+        lambda h: h.now("zero_std_groups") / 0.8 if math.isfinite(h.now("reward")) else 0.0,
         _say(
             "{share:.0%} of the groups have equal rewards (mean {reward:.3g}) and teach nothing",
             "prompts that are neither solved nor hopeless, dynamic_sampling, more num_generations, or a finer reward",

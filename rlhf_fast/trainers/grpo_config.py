@@ -115,6 +115,8 @@ class GRPOConfig(RLConfig):
 
     def _check_advantages(self) -> None:
         """Try the options on two groups of two: what cannot be is an error now, not after the first rollout."""
+        if self.pass_at_k is not None and self.pass_at_k > self.num_generations:
+            raise ValueError(f"pass_at_k={self.pass_at_k} of num_generations={self.num_generations} completions")
         options, rewards = self.advantage_options(), torch.tensor([0.0, 1.0, 1.0, 0.0])
         if self.greedy_baseline:
             options["baseline"] = torch.zeros(4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, placing, writing
+from rlhf_fast.trainers.checkpoint import expected_bytes, find_checkpoint, placing, read_marker, writing
 from rlhf_fast.trainers.restore import (
     OPTIMIZER,
     check_fits,
@@ -38,6 +38,10 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.run_options: dict[str, Any] = {}
         self._resumed: str | None = None  # the checkpoint that this run goes on from
+
+    @property
+    def _optimizer_name(self) -> str:
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
 
     # ---- what else a stage is
 
@@ -87,7 +91,7 @@ class ResumableTrainer(Trainer):
             if best.is_dir() or state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(best)
         about = dict(step=state.global_step, stage=type(self).__name__, processes=args.world_size)
-        about |= dict(resumable=not args.save_only_model, options=self.run_options)
+        about |= dict(resumable=not args.save_only_model, options=self.run_options, optimizer=self._optimizer_name)
         keep = dict(limit=args.save_total_limit, best=state.best_model_checkpoint)
         needed = expected_bytes([self.model], None if args.save_only_model else self.optimizer)
         folder = run_dir / f"checkpoint-{state.global_step}"
@@ -158,6 +162,11 @@ class ResumableTrainer(Trainer):
         self._resumed = checkpoint
         if checkpoint is None:
             return
+        before = read_marker(checkpoint).get("optimizer", self._optimizer_name)
+        if before != self._optimizer_name:
+            raise ValueError(
+                f"resume_from_checkpoint: the optimiser in {checkpoint} is {before}, this run's {self._optimizer_name}"
+            )
         if self.accelerator.is_fsdp2:
             load_optimizer(self.optimizer, Path(checkpoint))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))

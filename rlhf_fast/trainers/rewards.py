@@ -20,12 +20,15 @@ import importlib
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.trainers.config_types import first_line
 from rlhf_fast.trainers.reward_calls import RewardError, call_all
 
 RewardFunction = Callable[..., Any]
@@ -59,10 +62,17 @@ def load_function(spec: str | RewardFunction) -> RewardFunction:
         raise ValueError(f"a reward function is 'package.module:function' or a callable, got {spec!r}")
     try:
         function = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise  # the module is there, something that it imports is not
-        raise ValueError(f"reward function {spec!r}: no module {error.name!r}") from None
+    except Exception as error:  # of the module's own code too
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"reward function {spec!r}: no module {error.name!r} on Python's path, to which `rlhf-fast train` adds "
+                "the working directory and the configuration's folder"
+            ) from None
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({Path(frame.filename).name}, line {frame.lineno})"
+        raise ValueError(
+            f"reward function {spec!r}: {module} cannot be imported: {type(error).__name__}: {first_line(error)}{where}"
+        ) from error
     for part in name.split("."):
         if not hasattr(function, part):
             raise ValueError(f"reward function {spec!r}: {module} has no {name!r}")

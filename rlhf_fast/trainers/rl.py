@@ -20,6 +20,7 @@ from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.memory_advice import OutOfMemory
 from rlhf_fast.trainers.models.hf_utils import (
+    check_special_tokens,
     check_window,
     load_model,
     load_tokenizer,
@@ -75,8 +76,11 @@ class RLTrainer:
         self.config = config
         if not config.output_dir:
             raise ValueError("output_dir is required")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a transformers causal LM, got {model!r:.60} ({type(model).__name__})")
         check_whole(model)
         self.tokenizer = ready_tokenizer(processing_class)
+        check_special_tokens(model, self.tokenizer)
         if reward_funcs is None:
             reward_funcs = load_rewards(config, self.tokenizer)
         self.rewards = make_rewards(reward_funcs, config.reward_weights, config.reward_timeout)

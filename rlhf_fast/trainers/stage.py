@@ -151,13 +151,14 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
         "eval_strategy": "steps" if config.eval_steps and has_eval else "no",
         "eval_steps": config.eval_steps or None,
         "report_to": names(config.report_to),
+        "use_cpu": config.use_cpu or not torch.accelerator.is_available(),  # transformers asks for it with bf16
         "data_seed": config.seed,
         "dataloader_pin_memory": torch.cuda.is_available() and not config.use_cpu,
         "logging_nan_inf_filter": False,  # a NaN loss is to be seen
     }
     same = "seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate"
     same += " lr_scheduler_type num_train_epochs max_steps weight_decay adam_beta1 adam_beta2 adam_epsilon"
-    same += " max_grad_norm bf16 fp16 use_cpu logging_steps save_total_limit disable_tqdm save_only_model ddp_timeout"
+    same += " max_grad_norm bf16 fp16 logging_steps save_total_limit disable_tqdm save_only_model ddp_timeout"
     values |= {name: getattr(config, name) for name in same.split()}
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     new = "activation_checkpointing"  # its name from transformers 5.20 or so on

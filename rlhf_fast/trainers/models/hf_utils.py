@@ -17,6 +17,7 @@ from rlhf_fast.trainers.data.templates import apply_template
 from rlhf_fast.trainers.memory_advice import is_out_of_memory
 from rlhf_fast.trainers.models.lora import base_of, choose_trained, merge_adapter
 from rlhf_fast.trainers.models.quantization import quantization_options
+from rlhf_fast.trainers.sharding import shape_of
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,6 +180,7 @@ def choose_attention(config: RunConfig) -> str | None:
 
 def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:
     """Tell the model's configs about the tokenizer's special ids, so that `generate` stops and pads."""
+    check_special_tokens(model, tokenizer)
     generation = getattr(model, "generation_config", None)
     for config in (model.config, generation):
         if config is None:
@@ -197,9 +199,21 @@ def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:
     generation.eos_token_id = known[0] if len(known) == 1 else known
 
 
+def check_special_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError where the tokenizer pads or ends with a token that the model has no embedding for."""
+    size = vocabulary_size(model)
+    for name in ("pad", "eos"):
+        token, index = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
+        if index is not None and index >= size:
+            raise ValueError(
+                f"the tokenizer's {name}_token {token!r} has id {index}, the model's embedding {size} rows: "
+                "model.resize_token_embeddings makes room for it, or take a token that is there"
+            )
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
-    return model.get_input_embeddings().weight.shape[0]
+    return shape_of(model.get_input_embeddings().weight)[0]
 
 
 def check_window(model: nn.Module, longest: int, what: str) -> None:
