@@ -250,6 +250,41 @@ def test_several_rewards(combine, backend):
     assert group_advantages(rewards, **options | {"scale": "none"}).advantages.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("how", ["ops", "reference"])
+def test_a_combined_reward_that_is_constant_but_for_rounding(how, backend):
+    """Exactly 0 and marked, whatever the sizes; what is small but there stays."""
+    call = group_advantages if how == "ops" else reference.group_advantages
+    opposed = torch.tensor([[0, 1], [0, 1], [1, 0]]).double()
+    orders = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1]]).double()
+    orders = (orders * 10).round() / 10
+    assert orders.sum(1).unique().numel() > 1  # 0.6 and its neighbour
+    g = torch.Generator().manual_seed(3)
+    first = torch.rand(3, 7, generator=g, dtype=torch.float64)
+    mirrored = torch.stack([first, 0.3 - 2 * first], 2)
+    normal, plain = "normalize_then_sum", "sum_then_normalize"
+    cases = [
+        *((opposed * scale, [1.0, 1.0], normal, eps) for scale in (1.0, 1e-9, 1e9) for eps in (0.0, 1e-4)),
+        *((orders * scale, [1.0, 1.0, 1.0], plain, eps) for scale in (1.0, 1e-9, 1e9) for eps in (0.0, 1e-4)),
+        *((group, [2.0, 2.0], normal, 0.0) for group in mirrored),  # with an eps their scales differ
+        *((group, [2.0, 1.0], plain, eps) for group in mirrored for eps in (0.0, 1e-4)),
+    ]
+    with use_backend(backend):
+        for rewards, weights, combine, eps in cases:
+            options = dict(combine=combine, weights=torch.tensor(weights), eps=eps, zero_std="mask")
+            got = call(rewards, **options)
+            assert got.zero_std.all()
+            assert not got.valid.any()
+            assert not got.advantages.any()
+            some = rewards.clone()
+            some[0, 0] += 1e-6 * rewards.abs().max()
+            assert not call(some, **options).zero_std.any()
+        both = call(torch.cat([opposed, opposed.flip(1)[[0, 0, 2]] * torch.tensor([1.0, 0.0])]), group_size=3,
+                    combine="normalize_then_sum", eps=0.0)  # fmt: skip
+    assert both.zero_std.tolist() == [True] * 3 + [False] * 3
+    assert not both.advantages[:3].any()
+
+
 def test_named_estimators_by_hand():
     r = torch.tensor([1.0, 0.0, 0.0, 4.0, 2.0, 0.0])
     lengths = torch.tensor([1, 2, 3, 1, 1, 2])

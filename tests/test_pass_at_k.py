@@ -62,6 +62,17 @@ def test_against_reference_with_ids_and_missing_rewards(scale, backend):
         assert not ours.advantages[~torch.isfinite(rewards)].any()
 
 
+@pytest.mark.parametrize("size", [3, 49, 98, 103, 107, 196])
+def test_groups_that_all_fail_or_pass_have_no_spread(size):
+    """Also where (1 / n) n is not 1 in fp64."""
+    for value in (0.0, 1.0):
+        for k in (1, 2, 7):
+            got = group_advantages(torch.full((size,), value), baseline="pass_at_k", k=k, eps=0.0, zero_std="mask")
+            assert got.zero_std.all(), (value, k)
+            assert not got.valid.any()
+            assert not got.advantages.any()
+
+
 def test_k_of_one_is_the_mean_with_biased_std():
     r = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1]).double()
     a = group_advantages(r, group_size=4, baseline="pass_at_k", k=1, eps=0.0).advantages

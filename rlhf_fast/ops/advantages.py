@@ -102,7 +102,8 @@ def group_advantages(
         (2601.05242). Defaults are TRL 1.16's (unbiased std + 1e-4); verl has 1e-6.
     Notes: a reward that is not finite leaves its group: advantage 0, valid False, counted in num_invalid. A group of
         one gets exactly 0 with a baseline of its own (verl gives the raw reward), and so does any row whose s is 0,
-        however small the rewards: statistics are two-pass, in fp64. reinforce_plus_plus normalises over sequences; for
+        however small the rewards: statistics are two-pass, in fp64, and a weighted sum that varies within its group by
+        no more than fp64's rounding is constant. reinforce_plus_plus normalises over sequences; for
         verl's normalisation over tokens broadcast the rewards and call `masked_whiten`. Over several ranks: gather the
         rewards first.
     Example:
@@ -114,11 +115,11 @@ def group_advantages(
     r = rewards.detach().double()
     dtype = work_dtype(rewards)
     if r.dim() == 2:
-        if combine == "normalize_then_sum":
-            groups = _groups(rewards, group_size, group_ids)
+        groups, centred = _groups(rewards, group_size, group_ids), combine == "normalize_then_sum"
+        if centred:  # in every group, so over the batch too: its mean is 0
             r = torch.stack([_normalized(column, groups, ddof, eps) for column in r.unbind(1)], 1)
-            baseline, scale = ("none", "none") if scale == "none" else ("batch", "batch")
-        r = _weighted_sum(r, weights)
+            baseline, scale = "none", "none" if scale == "none" else "batch"
+        r = _weighted_sum(r, weights, groups, centred)
 
     ranked = isinstance(baseline, str) and baseline in ("best_other", "pass_at_k")
     if not ranked and r.is_cpu and plain(r, group_ids) and _backend.backend("cpu", "group_advantages") == "cpp":
@@ -286,9 +287,8 @@ def _pass_at_k(r: Tensor, finite: Tensor, groups: _Groups, count: Tensor, k: int
     others = torch.ones_like(r)
     for j in range(1, k):  # past the group's size nothing is left to draw
         others = torch.where(count > j, others * (failed - j).clamp(min=0) / (count - j).clamp(min=1), others)
-    share = others / count.clamp(min=1)
-    advantages = torch.where(passes, share * failed, -share * passed).where(finite, 0.0)
-    missed = share * failed
+    missed, given_up = (others * x / count.clamp(min=1) for x in (failed, passed))  # exactly 1 where all fail
+    advantages = torch.where(passes, missed, -given_up).where(finite, 0.0)
     return advantages, (missed * (1 - missed)).clamp(min=0).sqrt()
 
 
@@ -300,11 +300,22 @@ def _normalized(column: Tensor, groups: _Groups, ddof: int, eps: float) -> Tenso
     return normal.where(torch.isfinite(column), torch.nan)
 
 
-def _weighted_sum(rewards: Tensor, weights: Tensor | None) -> Tensor:
-    """(B, K) -> (B,): over the components a row has; NaN where it has none."""
+def _weighted_sum(rewards: Tensor, weights: Tensor | None, groups: _Groups, centred: bool) -> Tensor:
+    """(B, K) -> (B,): over the components a row has; NaN where it has none.
+
+    A sum that varies within its group by rounding alone is the same in all of it, and 0 where the components are
+    centred: divided by its std, noise would be a verdict.
+    """
     finite = torch.isfinite(rewards)
-    weighted = rewards if weights is None else rewards * weights.detach().double()
-    return weighted.where(finite, 0.0).sum(1).where(finite.any(1), torch.nan)
+    weighted = (rewards if weights is None else rewards * weights.detach().double()).where(finite, 0.0)
+    some = finite.any(1)
+    total, size = weighted.sum(1).where(some, -torch.inf), weighted.abs().sum(1)
+    highest, lowest = groups.max(total), -groups.max((-total).where(some, -torch.inf))
+    terms = groups.sum(some.double()) + rewards.shape[1]
+    noise = 4 * torch.finfo(torch.float64).eps * terms * groups.max(size)
+    constant = highest - lowest <= noise
+    level = torch.zeros_like(highest) if centred else highest
+    return torch.where(constant, level, total).where(some, torch.nan)
 
 
 def _check_options(

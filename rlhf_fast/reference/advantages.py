@@ -66,12 +66,24 @@ def pass_at_k(r: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return advantages, r.new_tensor(math.sqrt(missed * (1 - missed)))
 
 
-def combine_rewards(rewards: Tensor, weights: Tensor | None) -> Tensor:
-    """(B, K) -> (B,): weighted sum of the components that a row has; NaN when it has none."""
+def combine_rewards(rewards: Tensor, weights: Tensor | None, groups: list[list[int]], centred: bool) -> Tensor:
+    """(B, K) -> (B,): weighted sum of the components that a row has; NaN when it has none.
+
+    Within a group a sum that varies by rounding alone, 4 (n + K) eps of its largest terms, is constant: 0 where the
+    components are centred, else its largest value.
+    """
     weights = rewards.new_ones(rewards.shape[1]) if weights is None else weights.to(rewards.dtype)
     has = torch.isfinite(rewards)
-    total = torch.where(has, rewards * weights, torch.zeros_like(rewards)).sum(1)
-    return torch.where(has.any(1), total, torch.full_like(total, math.nan))
+    parts = torch.where(has, rewards * weights, torch.zeros_like(rewards))
+    total, size = torch.where(has.any(1), parts.sum(1), torch.full_like(parts[:, 0], math.nan)), parts.abs().sum(1)
+    for rows in groups:
+        have = [i for i in rows if has[i].any()]
+        if not have:
+            continue
+        noise = 4 * (len(have) + len(weights)) * torch.finfo(rewards.dtype).eps * size[have].max()
+        if total[have].max() - total[have].min() <= noise:
+            total[have] = 0.0 if centred else total[have].max()
+    return total
 
 
 def group_advantages(
@@ -100,10 +112,10 @@ def group_advantages(
                 mean, std = mean_std(column[have], ddof)
                 normal[have] = (column[have] - mean) / (std + eps if std > 0 else 1.0)
             columns.append(normal)
-        rewards = combine_rewards(torch.stack(columns, 1), weights)
-        baseline, scale = ("batch", "batch") if scale != "none" else ("none", "none")
+        rewards = combine_rewards(torch.stack(columns, 1), weights, groups, centred=True)
+        baseline, scale = "none", "batch" if scale != "none" else "none"  # centred: the batch's mean is 0
     elif rewards.dim() == 2:
-        rewards = combine_rewards(rewards, weights)
+        rewards = combine_rewards(rewards, weights, groups, centred=False)
 
     valid = torch.isfinite(rewards)
     if isinstance(baseline, Tensor):
