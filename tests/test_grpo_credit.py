@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from grpo_cases import digits_sum, trainer  # noqa: E402
 from rlhf_fast.trainers.credit import credit, informative  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig  # noqa: E402
 from rlhf_fast.trainers.refill import Batch  # noqa: E402
-from rlhf_fast.trainers.rewards import Scores, Steps  # noqa: E402
+from rlhf_fast.trainers.rewards import Rewards, Scores, Steps  # noqa: E402
 
 G, LENGTHS = 3, [4, 2, 5, 3, 3, 1]
 ONE = torch.ones(1)
@@ -73,11 +74,54 @@ def test_a_row_without_a_usable_reward_leaves_the_steps_of_its_group_alone():
     assert rows[0] == pytest.approx([rows[0][0], 0, 0, 0])
 
 
+GDPO = {"combine": "normalize_then_sum"}
+
+
+def test_process_rewards_are_no_part_of_the_combined_outcome():
+    """Outcomes that are all the same add nothing under either combination; the steps count once, by weight."""
+
+    def outcome(completions, **_):
+        return [0.0] * len(completions)
+
+    def process(completions, **_):
+        return [[(0, 1.0), (1, 0.0)], [(0, 0.0), (1, 0.0)], [(0, 0.0), (1, 0.0)], [(0, 1.0), (1, 1.0)]]
+
+    rewards = Rewards([outcome, process], [1.0, 2.0])
+    scores = rewards(["p"] * 4, ["ab"] * 4)
+    values = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    normal = 2 * (values - values.mean()) / (values.std() + 1e-4)
+    for options in ({}, GDPO):
+        got = credit(scores, torch.full((4,), 2), 4, rewards.weights, options)
+        torch.testing.assert_close(got.advantages.view(4, 2), normal.flip(1).cumsum(1).flip(1))
+        assert not got.zero_std.any()
+    assert got.advantages[:2].tolist() == pytest.approx([2 * 0.48300, 2 * -0.72450], abs=1e-3)
+
+
 def test_informative_groups():
-    assert informative(scores_of([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]), G).tolist() == [False, True]
-    assert informative(scores_of([math.nan, 1.0, 1.0, math.nan, math.nan, math.nan]), G).tolist() == [False, False]
+    def told(scores, weights=ONE, options=MappingProxyType({})):
+        return informative(scores, G, weights, options).tolist()
+
+    assert told(scores_of([1.0, 1.0, 1.0, 0.0, 1.0, 1.0])) == [False, True]
+    assert told(scores_of([math.nan, 1.0, 1.0, math.nan, math.nan, math.nan])) == [False, False]
     steps = steps_of((0, 0, 0, 1.0), (0, 1, 0, 2.0), (0, 3, 0, 2.0))
-    assert informative(scores_of([1.0] * 6, steps), G).tolist() == [True, False]
+    assert told(scores_of([1.0] * 6, steps)) == [True, False]
+    assert told(scores_of([1.0] * 6, steps), torch.zeros(1)) == [False, False]  # steps that weigh nothing
+    assert told(scores_of([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]), options={"baseline": "opo"}) == [False, True]
+    passing = {"baseline": "pass_at_k", "k": 2}  # any reward above 0 passes, and every draw of two does
+    assert told(scores_of([1.0, 2.0, 3.0, 0.0, 0.0, 1.0]), options=passing) == [False, True]
+
+
+def test_informative_judges_as_the_advantages_are_formed():
+    """Two rewards whose weighted sum is constant, but which weigh differently once each is normalised."""
+    each, weights = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0.5, 1.0])
+    each = torch.cat([each, each[1:2].expand(4, 2)])
+    total = each @ weights
+    scores = Scores(total, each, total)
+    assert total.tolist() == [1.0] * 8
+    assert informative(scores, 4, weights, {}).tolist() == [False, False]
+    assert informative(scores, 4, weights, GDPO).tolist() == [True, False]
+    advantages = credit(scores, torch.ones(8, dtype=torch.int64), 4, weights, GDPO).advantages
+    assert (advantages != 0).view(2, 4).all(1).tolist() == [True, False]
 
 
 # ---- what a config names

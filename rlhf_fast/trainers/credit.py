@@ -41,11 +41,7 @@ def credit(
     process: int = 0,
 ) -> Credit:
     """Advantages of this process's completions; statistics of the batch are over all processes."""
-    options = dict(options, group_size=group_size)
-    rewards = scores.outcome
-    if options.get("combine") == "normalize_then_sum":
-        rewards = scores.each.masked_fill(scores.total.isnan()[:, None], math.nan)
-        options["weights"] = weights
+    rewards, options = _outcomes(scores, group_size, weights, options)
     if baseline is not None:
         options["baseline"] = gather(baseline)
     if options.get("baseline") == "opo":
@@ -62,16 +58,32 @@ def credit(
         value = normal.advantages * weights[steps.function]
         earned = torch.zeros(int(cu_seqlens[-1])).index_add(0, cu_seqlens[steps.row] + steps.token, value)
         advantages = advantages + discounted_returns(earned, gamma=1.0, cu_seqlens=cu_seqlens.int())
-        zero_std = zero_std & ~_ranked(scores, normal, group_size).repeat_interleave(group_size)
+        zero_std = zero_std & ~_ranked(scores, normal, group_size, weights).repeat_interleave(group_size)
     return Credit(advantages, zero_std)
 
 
-def informative(scores: Scores, group_size: int) -> Tensor:
-    """(groups,) bool: the usable rewards of the group, of outcomes or of steps, are not all the same."""
-    ranked = ~group_advantages(scores.outcome, group_size=group_size).zero_std.view(-1, group_size)[:, 0]
+def informative(scores: Scores, group_size: int, weights: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """(groups,) bool: something ranks the completions of the group, by the arguments of `credit`."""
+    rewards, options = _outcomes(scores, group_size, weights, options)
+    if options.get("baseline") == "opo":  # no lengths make equal rewards differ
+        options["lengths"] = torch.ones(len(rewards))
+    ranked = ~group_advantages(rewards, **options).zero_std.view(-1, group_size)[:, 0]
     if scores.steps is not None:
-        ranked = ranked | _ranked(scores, _normalised(scores, group_size, "group"), group_size)
+        ranked = ranked | _ranked(scores, _normalised(scores, group_size, "group"), group_size, weights)
     return ranked
+
+
+def _outcomes(
+    scores: Scores, group_size: int, weights: Tensor, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Outcome rewards, (B,) or one column a function (B, F), and the keywords of `group_advantages` for them."""
+    options = dict(options, group_size=group_size)
+    if options.get("combine") != "normalize_then_sum":
+        return scores.outcome, options
+    absent = scores.total.isnan()[:, None].expand_as(scores.each)
+    if scores.steps is not None:  # process rewards count by their steps
+        absent = absent.index_fill(1, scores.steps.function.unique(), True)
+    return scores.each.masked_fill(absent, math.nan), options | {"weights": weights}
 
 
 def _normalised(scores: Scores, group_size: int, scale: str) -> GroupAdvantages:
@@ -82,7 +94,8 @@ def _normalised(scores: Scores, group_size: int, scale: str) -> GroupAdvantages:
     return group_advantages(values, group_ids=ids, scale=scale, baseline="mean")
 
 
-def _ranked(scores: Scores, normal: GroupAdvantages, group_size: int) -> Tensor:
+def _ranked(scores: Scores, normal: GroupAdvantages, group_size: int, weights: Tensor) -> Tensor:
     """(groups,) bool: its steps differ."""
-    ranked = torch.zeros(len(scores.total) // group_size, dtype=torch.bool)
-    return ranked.index_fill(0, scores.steps.row[~normal.zero_std] // group_size, True)
+    ranked, steps = torch.zeros(len(scores.total) // group_size, dtype=torch.bool), scores.steps
+    differ = ~normal.zero_std & (weights[steps.function] != 0)
+    return ranked.index_fill(0, steps.row[differ] // group_size, True)

@@ -1,6 +1,6 @@
 """Rollouts to train on: sampled, scored and, where asked for, refilled until their groups have something to say.
 
-Dynamic sampling: a group whose rewards are all the same has no advantage and no gradient. Such groups are replaced by
+Dynamic sampling: a group that its rewards do not rank has no advantage and no gradient. Such groups are replaced by
 groups of the next prompts, a bounded number of times, so that every minibatch holds about as much to learn from.
 
 Source: Yu et al. 2025, "DAPO", section 3.2, which samples on until the batch is full; here `attempts` bounds it.
@@ -21,6 +21,7 @@ from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings
 from rlhf_fast.trainers.stepwise import as_queries, as_rollout
 
 if TYPE_CHECKING:
+    from rlhf_fast.trainers.grpo import GRPOTrainer
     from rlhf_fast.trainers.rl import RLTrainer
 
 
@@ -57,21 +58,22 @@ def collect(trainer: RLTrainer, group_size: int) -> Batch:
     return _scored(trainer, trainer.next_prompts(), group_size)
 
 
-def refilled(trainer: RLTrainer, batch: Batch, attempts: int) -> tuple[Batch, dict[str, float]]:
+def refilled(trainer: GRPOTrainer, batch: Batch, attempts: int) -> tuple[Batch, dict[str, float]]:
     """The batch with its degenerate groups replaced where other prompts had better ones, and counts of both."""
     size, drawn = batch.group_size, 0
+    judge = dict(weights=trainer.reward_weights(batch.scores), options=trainer.config.advantage_options())
     for _ in range(attempts):
-        wanted = (~informative(batch.scores, size)).nonzero()[:, 0]
+        wanted = (~informative(batch.scores, size, **judge)).nonzero()[:, 0]
         most = trainer.accelerator.gather(torch.tensor([len(wanted)], device=trainer.accelerator.device)).max()
         if most == 0:
             break
         more = _scored(trainer, trainer.next_prompts(int(most)), size)  # as many everywhere: one stream of prompts
         drawn += len(more.prompts)
-        found = informative(more.scores, size).nonzero()[:, 0][: len(wanted)]
+        found = informative(more.scores, size, **judge).nonzero()[:, 0][: len(wanted)]
         source = torch.arange(len(batch.prompts))
         source[wanted[: len(found)]] = len(batch.prompts) + found
         batch = select_groups(join(batch, more), source)
-    left = (~informative(batch.scores, size)).sum()
+    left = (~informative(batch.scores, size, **judge)).sum()
     return batch, {"resampled_groups": float(drawn), "degenerate_groups": float(left)}
 
 
