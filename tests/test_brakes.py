@@ -98,13 +98,14 @@ def test_perplexity_as_the_metric_is_better_when_less():
 
 
 def test_an_illness_is_told_again_only_after_it_was_better():
-    high, low, between = (path("zero_std_groups", v, each=10) for v in (0.9, 0.1, 0.7))
+    high, low, between = (path("zero_std_groups", v, each=10, reward=1.0) for v in (0.9, 0.1, 0.7))
     assert len(watch(high + low + high)) == 2
     assert len(watch(high + between + high)) == 1  # 0.7 / 0.8 is not well
 
 
 def test_nan_and_missing_metrics_say_nothing():
     assert watch(steady(30, reward=math.nan, kl=math.nan, entropy=None, note="x")) == []
+    assert watch(steady(30, reward=math.nan, zero_std_groups=1.0)) == []  # no row has a reward: they are not equal
 
 
 # ---- in a run
