@@ -242,7 +242,7 @@ def test_a_prompt_dataset_is_needed_for_train(tmp_path):
     with pytest.raises(ValueError, match="train_dataset is required, got None"):
         it.train()
     it = GRPOTrainer(tiny(), make_tokenizer(), config=config(tmp_path, max_steps=-1))
-    with pytest.raises(ValueError, match="max_steps is required without a train_dataset"):
+    with pytest.raises(ValueError, match="max_steps is required without train_dataset"):
         it.step(["2>"], ["1", "2", "3", "4"], [0.0, 1.0, 0.0, 0.0])
     it = GRPOTrainer(tiny(), make_tokenizer(), [{"prompt": p} for p in PROMPTS], None, config(tmp_path))
     with pytest.raises(ValueError, match="reward_funcs must hold at least one function, got none"):

@@ -19,7 +19,6 @@ Departures from the textbook, each exact:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -128,13 +127,9 @@ class GRPOTrainer(RLTrainer):
     @property
     def max_steps(self) -> int:
         """Optimiser steps of the run."""
-        if self.config.max_steps > 0:
-            return self.config.max_steps
-        if self.prompts is None:
-            raise ValueError("max_steps is required without a train_dataset: the schedule needs an end")
-        per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
-        rollouts = max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
-        return rollouts * self.minibatches_per_rollout * self.config.num_iterations
+        config = self.config
+        per_rollout = self.minibatches_per_rollout * config.num_iterations
+        return config.max_steps if config.max_steps > 0 else self.rollouts * per_rollout
 
     # ---- in the middle of a rollout
 

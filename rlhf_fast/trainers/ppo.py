@@ -159,12 +159,7 @@ class PPOTrainer(RLTrainer):
     @property
     def max_steps(self) -> int:
         """Steps of the run, each a rollout."""
-        if self.config.max_steps > 0:
-            return self.config.max_steps
-        if not self.prompts:
-            raise ValueError("max_steps is required without train_dataset: the schedules run over it")
-        per_rollout = self.prompts_per_rollout * self.accelerator.num_processes
-        return max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / per_rollout))
+        return self.config.max_steps if self.config.max_steps > 0 else self.rollouts
 
     def step(
         self,

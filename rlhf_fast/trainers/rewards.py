@@ -148,6 +148,11 @@ class Rewards:
         return Scores(total.where(usable, math.nan), each, outcome.where(usable, math.nan), steps, said)
 
 
+def finite_mean(values: Tensor) -> float:
+    """NaN where there is none."""
+    return float(values[values.isfinite()].double().mean())
+
+
 def _mean(entry: Entry) -> float:
     if entry is None:
         return math.nan

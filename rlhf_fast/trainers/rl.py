@@ -17,6 +17,7 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head
 from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.trainers.brakes import Brakes
 from rlhf_fast.trainers.data.tokenize import Prompt
+from rlhf_fast.trainers.evaluation import Evaluating
 from rlhf_fast.trainers.loop import Loop
 from rlhf_fast.trainers.memory_advice import OutOfMemory
 from rlhf_fast.trainers.models.hf_utils import (
@@ -31,7 +32,7 @@ from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
 from rlhf_fast.trainers.restore import seed_from
 from rlhf_fast.trainers.reward_calls import RewardError
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
-from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores
+from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores, finite_mean
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout.http_client import ServerError
@@ -41,7 +42,7 @@ from rlhf_fast.trainers.sharding import check_whole, load_whole
 from rlhf_fast.trainers.stepwise import as_queries
 
 
-class RLTrainer:
+class RLTrainer(Evaluating):
     """A policy, its prompts, its rewards and its sampler. Subclasses bring `run`.
 
     Args:
@@ -125,6 +126,14 @@ class RLTrainer:
         return Loop(model, self.tokenizer, self.config, callbacks, self.config.max_skipped_steps)
 
     # ---- rollout
+
+    @property
+    def rollouts(self) -> int:
+        """Of `num_train_epochs` over the prompts."""
+        if not self.prompts:
+            raise ValueError("max_steps is required without train_dataset: the schedules run over it")
+        together = self.prompts_per_rollout * self.accelerator.num_processes
+        return max(1, math.ceil(self.config.num_train_epochs * len(self.prompts) / together))
 
     def begin_generators(self) -> None:
         """The sampler and the generators that are this process's own, as they are at this step of no earlier run."""
@@ -250,60 +259,6 @@ class RLTrainer:
             merge_metrics(total, {name: torch.tensor(value, dtype=torch.float64) for name, value in mine.items()})
         return total
 
-    # ---- evaluation
-
-    @property
-    def can_evaluate(self) -> bool:
-        return bool(self.eval_prompts) or self.perplexity is not None
-
-    def evaluate(self, prompts: Sequence[Prompt] | None = None) -> dict[str, float]:
-        """Means over one completion for each evaluation prompt, greedy unless `eval_do_sample`, and the perplexity.
-
-        The processes share the prompts and get the same means.
-        """
-        prompts = prompts or self.eval_prompts
-        if not prompts and self.perplexity is None:
-            raise ValueError("evaluate needs eval_dataset or perplexity_dataset")
-        metrics: dict[str, float] = {}
-        with self.loop.timed("evaluate"):
-            if prompts:
-                mine = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-                found = self._evaluation_rows(mine or prompts[:1])  # statistics over processes wait for every one
-                every = gather_object([{name: column[: len(mine)] for name, column in found.items()}])
-                metrics = {name: finite_mean(torch.tensor([x for part in every for x in part[name]])) for name in found}
-            if self.perplexity is not None:
-                with self.loop.spread.gathered(self.model):
-                    metrics["eval_perplexity"] = self.perplexity(self.loop.unwrapped)
-        return metrics
-
-    def _evaluation_rows(self, prompts: Sequence[Prompt]) -> dict[str, list[float]]:
-        """One number a prompt of everything that `evaluate` takes means of."""
-        rollout = self.sample(prompts, sampler=self.make_sampler(greedy=not self.config.eval_do_sample))
-        columns = {"eval_completion_length": rollout.lengths}
-        for rewards in (self.rewards, self.eval_rewards):
-            if rewards is None:
-                continue
-            scores = self.score_rollout(prompts, rollout, rewards)
-            if rewards is self.rewards:
-                columns["eval_reward"] = scores.total
-            if rewards is self.eval_rewards or len(rewards.names) > 1:
-                prefix = "eval" if rewards is self.eval_rewards else "eval_reward"
-                each = zip(rewards.names, scores.each.unbind(1), strict=True)
-                columns |= {f"{prefix}_{name}": column for name, column in each}
-        return {name: column.double().tolist() for name, column in columns.items()}
-
-    def evaluate_at_start(self) -> None:
-        """With `eval_on_start`, the model before its first step, as row 0 of the log; it may be the best there is."""
-        loop = self.loop
-        if not (self.config.eval_on_start and self.can_evaluate) or loop.checkpoint is not None:
-            return
-        scores = self.evaluate()
-        loop.log.log(0, scores)
-        loop.control = loop.callbacks.on_evaluate(loop.arguments, loop.state, loop.control, metrics=scores)
-        if loop.control.should_save:
-            loop.snapshot.save()
-            loop.control.should_save = False
-
     # ---- the run
 
     def train(self) -> dict[str, Any]:
@@ -365,10 +320,6 @@ class RLTrainer:
             values |= dict(reward_first=self.reward_first, reward_last=self.reward_last)
         values |= self.brakes.finish(self.loop) | ({"data": self.data} if self.data else {})
         return self.loop.finish(self.evaluate if self.can_evaluate else None, **values)
-
-
-def finite_mean(values: Tensor) -> float:
-    return float(values[values.isfinite()].double().mean())
 
 
 def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
