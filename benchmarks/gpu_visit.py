@@ -1,12 +1,12 @@
-"""One GPU hour, used whole: build, test and measure in under ten minutes, the most telling rows first.
+"""A run on a GPU of under ten minutes: build, test and measure, the most telling rows first.
 
     python benchmarks/gpu_visit.py OUTPUT_FOLDER                # on a GPU; --minutes 6: the same order, cut shorter
     python benchmarks/gpu_visit.py OUTPUT_FOLDER --rehearse     # the same road on the CPU, at tiny shapes
 
 Every stage runs in a process of its own with a time limit: a crash, a hang or a missing package costs its own row and
-nothing else. What is measured is on disk as soon as it is known (`rows.jsonl`, one process per case); `visit.json`
-and a short table come last. Uses what is installed; nothing is downloaded. Peers that are not there leave their rows
-with the reason.
+nothing else. What is measured is on disk as soon as it is known (`rows.jsonl`, one process per case; `tests.jsonl` and
+`tests/`, one process per test file); `visit.json` and a short table come last. Uses what is installed; nothing is
+downloaded. Peers that are not there leave their rows with the reason. A build that fails costs the compiled modules.
 
 The order: build, doctor; the two rows that the design's table names first; every op at small shapes against fp64;
 the GPU tests; the rows that show one thing each (forward, scans, zero rows, memory at 64k, the peers' best op); GRPO,
@@ -16,6 +16,7 @@ PPO and a DPO step end to end; the other rows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,7 @@ def main() -> int:
     if args.sweep:
         return _sweep(args.output, device, json.loads(args.sweep))
     if args.tests:
-        return _tests(json.loads(args.tests))
+        return _tests(args.output, json.loads(args.tests), args.seconds)
     if args.trainer:
         return _trainer(args.output, device, args.trainer, args.rehearse)
     return _visit(args.output, device, args.rehearse, 60 * args.minutes, build=not (args.no_build or args.rehearse))
@@ -100,9 +103,11 @@ def _visit(output: Path, device: str, rehearse: bool, seconds: float, build: boo
     end = time.monotonic() + seconds - RESERVE
     stages: list[dict[str, Any]] = []
 
-    def stage(name: str, command: list[str], limit: float) -> None:
-        patience = 6 if rehearse else 1  # a CPU that others use too
+    patience = 6 if rehearse else 1  # a CPU that others use too
+
+    def stage(name: str, command: list[str], limit: float) -> bool:
         stages.append(_stage(name, command, output, end, patience * limit))
+        return stages[-1]["status"] == "ok"
 
     this = [sys.executable, str(Path(__file__).resolve()), str(output), *(["--rehearse"] if rehearse else [])]
 
@@ -111,20 +116,35 @@ def _visit(output: Path, device: str, rehearse: bool, seconds: float, build: boo
             left = str(max(5.0, 0.7 * min(limit, end - time.monotonic())))
             stage(f"case {case}", [*this, "--case", json.dumps(case), "--seconds", left], limit)
 
-    if build:
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
-        stage("build", install, 150)
-    stage("doctor", [sys.executable, "-c", DOCTOR], 60)
-    cases(FIRST[:1] if rehearse else FIRST, 100)
-    stage("sweep", [*this, "--sweep", json.dumps(SHORT_SWEEP if rehearse else SWEEP)], 90)
-    found = device_tests()
-    chosen = [t for t in found if "policy_op" in t] if rehearse else found
-    stage("tests", [*this, "--tests", json.dumps(chosen)], 120)
-    cases([BROKEN] if rehearse else TELLING)
-    for trainer in ("grpo", "ppo", "dpo"):
-        stage(f"trainer {trainer}", [*this, "--trainer", trainer], 75)
-    cases([] if rehearse else REST)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
+    built = not build or stage("build", install, 150)
+    with contextlib.nullcontext() if built else kernels_in_place(ROOT):
+        stage("doctor", [sys.executable, "-c", DOCTOR], 60)
+        cases(FIRST[:1] if rehearse else FIRST, 100)
+        stage("sweep", [*this, "--sweep", json.dumps(SHORT_SWEEP if rehearse else SWEEP)], 90)
+        found = device_tests()
+        chosen = [t for t in found if "policy_op" in t] if rehearse else found
+        left = str(max(5.0, min(patience * 120, end - time.monotonic()) - 5))  # it ends by itself, with its results
+        stage("tests", [*this, "--tests", json.dumps(chosen), "--seconds", left], 120)
+        cases([BROKEN] if rehearse else TELLING)
+        for trainer in ("grpo", "ppo", "dpo"):
+            stage(f"trainer {trainer}", [*this, "--trainer", trainer], 75)
+        cases([] if rehearse else REST)
     return _finish(output, device, stages)
+
+
+@contextlib.contextmanager
+def kernels_in_place(root: Path) -> Iterator[None]:
+    """After a build that failed: Triton kernels inside the checkout's package, where only an install puts them."""
+    print("the build failed, see visit.log: Triton from the checkout, C++ and CUDA if built before", flush=True)
+    link = root / "rlhf_fast" / "kernels"
+    if link.is_symlink():  # a visit before this one was killed
+        link.unlink()
+    link.symlink_to(root / "kernels")
+    try:
+        yield
+    finally:
+        link.unlink()
 
 
 def device_tests() -> list[str]:
@@ -149,11 +169,11 @@ def _stage(name: str, command: list[str], output: Path, end: float, limit: float
             try:
                 code = process.wait(min(limit, left))
                 status = "ok" if code == 0 else f"exit status {code}"
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)  # what it started would disturb the next stage
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
+            except subprocess.TimeoutExpired:
                 status = "time limit"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what it started would disturb the next stage
     seconds = time.monotonic() - start
     print(f"{seconds:6.1f} s  {status:16} {name}", flush=True)
     return {"stage": name, "status": status, "seconds": round(seconds, 1)}
@@ -174,14 +194,40 @@ def _one_case(
     return _save(output, suite.run([case], suite.Options(seconds=seconds, budget=3.0, **some)))
 
 
-def _tests(files: list[str]) -> int:
-    """The test files at the same time, a process each: most of their time is compilation."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--no-header", "--on-device"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running = [subprocess.Popen([*pytest, file], **pipes) for file in files]
-    for process in running:
-        print(process.communicate()[0], flush=True)
-    return int(any(process.returncode for process in running))
+def _tests(output: Path, files: list[str], seconds: float) -> int:
+    """The test files at the same time, a process each: most of their time is compilation. A row for each file goes to
+    tests.jsonl as it ends, or as it is stopped after `seconds`, with what had passed and failed by then."""
+    end, running = time.monotonic() + seconds, {}
+    pytest = [sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "--no-header", "--on-device"]
+    (output / "tests").mkdir(exist_ok=True)
+    for file in files:
+        log = output / "tests" / f"{Path(file).stem}.log"
+        with log.open("w") as words:
+            running[log] = subprocess.Popen([*pytest, file], stdout=words, stderr=subprocess.STDOUT)
+    codes = []
+    while running:
+        late = time.monotonic() > end
+        for log, process in list(running.items()):
+            if process.poll() is None and not late:
+                continue
+            process.kill()
+            code = process.wait()
+            codes.append(code)
+            status = "time limit" if code == -signal.SIGKILL and late else "ok" if code == 0 else f"exit status {code}"
+            _report_tests(output, log, status)
+            del running[log]
+        time.sleep(0.2)
+    return int(any(codes))
+
+
+def _report_tests(output: Path, log: Path, status: str) -> None:
+    """The row of one test file, and the tail of its log."""
+    words = log.read_text(errors="replace")
+    counted = Counter(re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)\b", words, re.MULTILINE))
+    row = {"file": f"{log.stem}.py", "status": status, **{k.lower(): counted[k] for k in sorted(counted)}}
+    with (output / "tests.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"---- {row}\n{words[-3000:]}", flush=True)
 
 
 def _sweep(output: Path, device: str, options: dict[str, Any]) -> int:
@@ -241,9 +287,10 @@ def _finish(output: Path, device: str, stages: list[dict[str, Any]]) -> int:
     rows = [Row(**row) for row in _lines(output / "rows.jsonl")]
     large = [row for row in rows if not (row.shape.startswith(("tiny", "small")) and device == "cuda")]
     info = report.environment(device)
+    tests = _lines(output / "tests.jsonl")
     trainers = {path.stem: json.loads(path.read_text()) for path in output.glob("trainer-*.json")}
     try:
-        report.save(output, "visit", info, rows, {"stages": stages, **trainers}, drawn=large)
+        report.save(output, "visit", info, rows, {"stages": stages, "tests": tests, **trainers}, drawn=large)
     except Exception as error:  # the plot comes last, and JSON and CSV are there
         print(f"not all of visit.* was written: {type(error).__name__}: {error}")
     console = Console(width=140)
@@ -261,6 +308,8 @@ def _finish(output: Path, device: str, stages: list[dict[str, Any]]) -> int:
     right = sum(row.status in ("ok", "loose") for row in checked)
     failed = [s for s in stages if s["status"] != "ok"]
     console.print(f"{right} of {len(checked)} of our rows right")
+    counts = Counter({k: sum(row.get(k, 0) for row in tests) for k in ("passed", "failed", "error", "skipped")})
+    console.print(f"tests: {dict(counts)}; files not ok: {[r for r in tests if r['status'] != 'ok'] or 'none'}")
     console.print(f"stages not ok: {[s['stage'] for s in failed] or 'none'}")
     return 0 if rows else 1
 

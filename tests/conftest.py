@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 ON_GPU = torch.cuda.is_available()
+FAKE_GPU = "FAKE_GPU" in os.environ  # tests/fake_gpu: no streams, no graphs, and the CPU's speed
 if ON_GPU:  # for this process: those that tests start, ranks above all, run as on a machine without one
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic when torch is asked to be
     torch.cuda.init()
     torch.cuda.device_count()  # is remembered from now on
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -19,7 +21,7 @@ import pytest  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For a visit to a GPU."""
+    """For the run on a GPU of under ten minutes, benchmarks/gpu_visit.py."""
     parser.addoption("--on-device", action="store_true", help="only tests that take the `device` fixture")
 
 
@@ -38,6 +40,16 @@ def pytest_report_header() -> list[str]:
 def device() -> torch.device:
     """The device on which the GPU-capable tests run."""
     return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu(device: torch.device) -> torch.device:
+    """The GPU, for tests of what nothing else has."""
+    if device.type != "cuda":
+        pytest.skip("of a GPU alone")
+    if FAKE_GPU:
+        pytest.skip("the simulated GPU has no streams and no graphs, and its memory is the CPU's to fill")
+    return device
 
 
 @pytest.fixture(autouse=True)

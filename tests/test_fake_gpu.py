@@ -24,8 +24,9 @@ pytestmark = [
 TESTS = {
     "engine": ["test_engine_device.py", "-k", "1000 or strided or compaction"],
     "epilogue": ["test_epilogue.py", "-k", "fused or against_fp64 or copied"],
-    "scans": ["test_scans_device.py", "-k", "not graphs"],
+    "scans": ["test_scans_device.py", "-rs"],
     "policy": ["test_policy_op.py"],
+    "devices": ["test_devices.py"],
 }
 TRAINERS = """
 import tempfile
@@ -54,7 +55,8 @@ def test_on_device(tests, environment):
     command = [sys.executable, "-m", "pytest", "-p", "fake_gpu", "-p", "no:cacheprovider", "--on-device"]
     file, *chosen = tests
     command += [str(FOLDER.parent / file), *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    several = {"FAKE_GPUS": "2"} if file == "test_devices.py" else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | several)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "a fake GPU" in done.stdout
 

@@ -16,7 +16,6 @@ from rlhf_fast import gae, group_advantages, masked_whiten, policy_loss, ppo_adv
 from rlhf_fast._backend import use_backend
 from rlhf_fast.ops import _scans
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU alone")
 LENGTHS = {
     "short": [3, 0, 1, 17, 4096, 4095, 4097, 0, 5],
     "one": [200_000],  # 49 tiles, none of which knows its state by itself
@@ -121,10 +120,9 @@ def test_tokens_of_no_sequence_are_refused(device):
     assert gae(torch.ones(0, device=device), torch.ones(0, device=device), cu_seqlens=none).returns.shape == (0,)
 
 
-@gpu
-def test_streams_and_graphs():
+def test_streams_and_graphs(gpu):
     """On the current stream, and the same bits when a graph replays it with other numbers in the same memory."""
-    rewards, values, cu, mask, *_ = batch(LENGTHS["mixed"], torch.device("cuda"))
+    rewards, values, cu, mask, *_ = batch(LENGTHS["mixed"], gpu)
     call = lambda: [  # noqa: E731
         *gae(rewards, values, gamma=0.99, cu_seqlens=cu, mask=mask, mask_mode="zero"), masked_whiten(rewards, mask)
     ]  # fmt: skip
@@ -146,10 +144,11 @@ def test_streams_and_graphs():
             assert torch.equal(a, b)
 
 
-@gpu
-def test_nothing_waits_for_the_device():
-    rewards, values, cu, mask, *_ = batch(LENGTHS["short"], torch.device("cuda"))
-    scores, ids = torch.randn(9, device="cuda"), torch.arange(9, device="cuda") // 3
+def test_nothing_waits_for_the_device(device):
+    if device.type != "cuda":
+        pytest.skip("of a GPU alone")
+    rewards, values, cu, mask, *_ = batch(LENGTHS["short"], device)
+    scores, ids = torch.randn(9, device=device), torch.arange(9, device=device) // 3
     logprob = rewards.clone().requires_grad_()
     calls = [
         lambda: gae(rewards, values, cu_seqlens=cu, mask=mask, mask_mode="zero"),

@@ -1,8 +1,9 @@
 """A GPU of host memory for a torch without CUDA: `import fake_gpu` before torch, or `pytest -p fake_gpu`.
 
-FAKE_GPU names the folder in which `build` has put the two libraries. Ops run on the CPU (device.cpp), Triton's kernels
-in the interpreter with bf16 as the hardware rounds it, the CUDA scans as the C++ ones. What this shows is that the
-host's code hands the right tensors to the right device; it says nothing about kernels, streams or time.
+FAKE_GPU names the folder in which `build` has put the two libraries, FAKE_GPUS how many devices there are (1). Ops run
+on the CPU (device.cpp), Triton's kernels in the interpreter with bf16 as the hardware rounds it, the CUDA scans as the
+C++ ones. What this shows is that the host's code hands the right tensors to the right device; it says nothing about
+kernels, streams or time.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Stream:
 
 
 def _patch_cuda(torch, device) -> None:
-    cuda = torch.cuda
+    cuda, count = torch.cuda, int(os.environ.get("FAKE_GPUS", "1"))
+    device.set_devices(count)
 
     def index(which=None) -> int:
         found = which if isinstance(which, int) or which is None else torch.device(which).index
@@ -119,7 +121,7 @@ def _patch_cuda(torch, device) -> None:
             device.set_device(self.before)
 
     values = dict(
-        is_available=True, is_initialized=True, device_count=1, get_device_properties=Properties,
+        is_available=True, is_initialized=True, device_count=count, get_device_properties=Properties,
         get_device_name=Properties.name, get_device_capability=(9, 0), is_bf16_supported=True, get_arch_list=["sm_90"],
         current_stream=Stream(), default_stream=Stream(), _is_in_bad_fork=False, is_current_stream_capturing=False,
         get_sync_debug_mode=0, initial_seed=0, mem_get_info=(16 << 30, 16 << 30),
@@ -177,6 +179,9 @@ def _patch_interpreter(device) -> None:
         setattr(builder, name, cast)
 
     def launch(self, *args, _plain=interpreter.GridExecutor.__call__, **options):
+        for tensor in (t for t in (*args, *options.values()) if getattr(t, "is_cuda", False)):
+            if tensor.get_device() != device.get_device():
+                raise RuntimeError(f"launched on cuda:{device.get_device()}, but a tensor lies on {tensor.device}")
         waits = device.sync_error(False)
         try:
             return _plain(self, *args, **options)
