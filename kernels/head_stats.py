@@ -12,7 +12,8 @@ of the head is then read from DRAM once per group and comes from the L2 for the 
 states stay there (GROUP_BYTES, a third of an H100's 50 MB). What that comes to is in docs/kernels.md.
 
 Operands come by TMA, with descriptors made on the host: no workspace, nothing that a CUDA graph could not replay. What
-lies past an edge reads as 0. A descriptor wants rows that start on 16 bytes. sm_80 has no TMA and is not served.
+lies past an edge reads as 0. A descriptor wants rows that start on 16 bytes. sm_80 has no TMA, and sm_120 too
+little shared memory for these blocks: neither is served.
 
 The epilogue looks at a quarter of the columns at a time: looking at all of them at once, ptxas keeps several values per
 element alive beside the 128 accumulators of a thread, and spills. The loop over tiles is flattened, so that the next
@@ -50,7 +51,7 @@ CONFIGS = {90: Config(128, 256, 64, 8, 4), 100: Config(128, 128, 64, 4, 4)}
 
 
 def config_for(capability: int) -> Config:
-    """That of the newest architecture not newer than `capability` (90 for 9.0), which is 90 at least."""
+    """That of the newest architecture not newer than `capability` (90 for 9.0), which is 90 or 100 to 109."""
     return CONFIGS[max(sm for sm in CONFIGS if sm <= capability)]
 
 

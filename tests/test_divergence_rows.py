@@ -220,7 +220,7 @@ def test_in_place(backend, device, v, narrow):
         # the interpreter truncates to bf16 where the hardware rounds
         eps = {None: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}[narrow]
         torch.testing.assert_close(a.float(), b, rtol=eps, atol=0.0 if narrow != torch.float16 else 2.0**-24)
-    assert all(w[:, v:].isnan().all() for w in wide) or narrow is not None
+    assert all(w[:, v:].isnan().all() for w in wide)  # a narrower row ends earlier
 
 
 def test_one_side_alone_leaves_the_other_tile(backend, device):

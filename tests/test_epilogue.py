@@ -151,9 +151,21 @@ def test_what_cannot_take_this_road_takes_the_tiles(device):
     assert not _epilogue.applies(hidden, weight)
     with torch.no_grad():
         check(linear_logprob(hidden, weight, target), hidden, weight, target, None)
+    padded = torch.nn.functional.pad(weight, (0, 4))[:, :12]  # its rows start on 16 bytes, those of `hidden` cannot
+    assert _epilogue.aligned(padded)
+    assert not _epilogue.applies(hidden, padded)
+    with torch.no_grad():
+        check(linear_logprob(hidden, padded, target), hidden, weight, target, None)
     hidden, weight, *_ = make(9, 16, 50, device)
     assert _epilogue.applies(hidden, weight)
     assert not _epilogue.applies(hidden.float(), weight.float())
+
+
+@pytest.mark.parametrize(("capability", "served"), [(80, False), (90, True), (100, True), (103, True), (120, False)])
+def test_processors_that_take_this_road(capability, served, device, monkeypatch):
+    hidden, weight, *_ = make(9, 16, 50, device)
+    monkeypatch.setattr(_epilogue, "_processor", lambda _: (capability, 2))
+    assert _epilogue.applies(hidden, weight) == served
 
 
 def test_a_backward_follows(device):

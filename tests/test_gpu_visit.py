@@ -39,7 +39,7 @@ def test_rehearsal(tmp_path):
     assert all(row["status"] in ("ok", "loose") for row in ours)
     assert [row["file"] for row in record["tests"]] == ["test_policy_op.py"]
     assert record["tests"][0]["status"] == "ok"
-    assert record["tests"][0]["passed"] > 10
+    assert record["tests"][0]["passed"] > 5
     assert record["trainer-grpo"]["steps"] == 2
     assert record["trainer-ppo"]["steps"] == 1
     assert record["trainer-dpo"]["rlhf_fast"]["step_seconds"] > 0

@@ -17,7 +17,6 @@ from rlhf_fast.reference import policy as oracle
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # fp64, other orders of summation
 FULL = {"beta": 0.1, "entropy_coef": 0.02, "correction": "sequence_truncate", "off_policy_threshold": 0.1}
-PER_TOKEN_NAMES = ("logprob", "old_logprob", "ref_logprob", "rollout_logprob", "entropy")
 
 
 @pytest.mark.parametrize("options", [{}, FULL, {"top_entropy": 0.4}], ids=["plain", "full", "top_entropy"])

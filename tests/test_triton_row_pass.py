@@ -10,6 +10,9 @@ import importlib
 import pytest
 import torch
 
+from rlhf_fast._backend import use_backend
+from rlhf_fast.ops._rows import Transform, row_stats
+
 pytest.importorskip("triton", reason="triton is not installed")
 row_pass = importlib.import_module("rlhf_fast.kernels.row_pass")
 
@@ -312,7 +315,9 @@ def test_empty(device):
     z = torch.empty(0, 64, device=device)
     target = torch.empty(0, dtype=torch.long, device=device)
     stats = run_stats(z, target, None, **PLAIN)
-    run_gradient(z, z, None, target, None, stats, *torch.empty(3, 0, device=device), **PLAIN)
+    assert run_gradient(z, z, None, target, None, stats, *torch.empty(3, 0, device=device), **PLAIN).shape == (0, 64)
+    with use_backend("triton"):
+        assert [x.shape for x in row_stats(z, target, None, Transform(), entropy=True)] == 4 * [(0,)]
 
 
 def test_row_strides(device):

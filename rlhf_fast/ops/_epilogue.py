@@ -21,13 +21,20 @@ _INTERPRETED = (90, 2)  # capability and multiprocessors where there is no GPU
 
 
 def applies(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether RLHF_FAST_HEAD asks for this road and these tensors can take it: bf16 or fp16, rows of the head that
-    start on 16 bytes, sm_90 or later. Everything else takes the tiles."""
+    """Whether RLHF_FAST_HEAD asks for this road and these tensors can take it: bf16 or fp16, D a multiple of 8 and rows
+    of the head that start on 16 bytes, sm_90 or sm_100. Everything else takes the tiles."""
     if _backend.head_road() != "epilogue" or _backend.backend(hidden.device, "row_pass") != "triton":
         return False
     # Triton's interpreter multiplies the bit patterns of bf16 matrices
     dtypes = (torch.bfloat16, torch.float16) if hidden.is_cuda else (torch.float16,)
-    return hidden.dtype in dtypes and aligned(weight) and _processor(hidden.device)[0] >= 90
+    can_align = hidden.shape[1] * hidden.element_size() % 16 == 0  # copies of hidden states have rows without padding
+    return hidden.dtype in dtypes and can_align and aligned(weight) and served(_processor(hidden.device)[0])
+
+
+def served(capability: int) -> bool:
+    """Whether blocks are chosen for that processor: 9.0 and 10.x. Those of 12.x have the TMA but 99 KB of shared memory
+    and none of sm_100's matrix units."""
+    return capability == 90 or 100 <= capability < 110
 
 
 def rows_per_launch(vocab: int, device: torch.device, budget: int | None) -> int:
