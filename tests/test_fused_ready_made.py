@@ -1,11 +1,14 @@
 """Every ready-made policy loss through the fused op: against the reference formula over the whole logits tensor."""
 
+import math
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from rlhf_fast import fused_linear_loss, reference
 from rlhf_fast.losses import PolicyLoss, policy_loss_kinds
+from rlhf_fast.ops._fused_run import merge_metrics
 from rlhf_fast.ops.fused import _fused_linear_loss
 from rlhf_fast.reference.policy import policy_loss as reference_policy_loss
 
@@ -98,6 +101,34 @@ def test_on_policy_ratio_is_exactly_one():
     assert float(out.metrics["approx_kl"]) == 0.0
     out.loss.backward()
     assert hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cu", [[0, 2, 3], [0, 1, 3], [0, 1, 1, 3, 3]], ids=str)
+@pytest.mark.parametrize("kind", ["gspo", "geo_mean", "vespo", "grpo"])
+def test_segments_without_a_scored_row_have_no_extremes(kind, cu):
+    """Neither in chunks of their own, nor when micro-batches are added up."""
+    hidden, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    target = torch.tensor([1, 2, -100]) if cu == [0, 2, 3] else torch.tensor([-100, 2, 1])
+    now = reference.linear_logprob(hidden, weight, target).logprob
+    batch = dict(advantages=torch.ones(len(cu) - 1).double(), old_logprob=now - 0.55)
+
+    def metrics_of(target, chunk_size):
+        out = fused_linear_loss(
+            hidden, weight, target, PolicyLoss(kind), batch=batch, segments=torch.tensor(cu), chunk_size=chunk_size
+        )
+        return {name: value.double() for name, value in out.metrics.items()}
+
+    empty = metrics_of(torch.full_like(target, -100), 1)
+    assert all(bool(value.isfinite()) for value in empty.values())
+    for chunk_size in (1, None):
+        metrics = metrics_of(target, chunk_size)
+        total = {}
+        for part in (empty, metrics, empty):
+            merge_metrics(total, part)
+        for found in (metrics, total):
+            for name in ("ratio_max", "ratio_min"):
+                assert float(found[name]) == pytest.approx(math.exp(0.55))
+            assert float(found["rows_forward"]) == 2
 
 
 @pytest.mark.parametrize(

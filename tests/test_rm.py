@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceCla
 
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.meters import Sums
 from rlhf_fast.trainers.models.reward_model import load_reward_model, score_batch
 from rlhf_fast.trainers.rm import RewardTrainer, run_rm
 from rlhf_fast.trainers.rm_config import RMConfig
@@ -88,6 +89,29 @@ def test_loss_gradients_and_metrics_equal_plain_torch_in_fp64(tmp_path, packing)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value.item(), rel=1e-9), name
     assert 0 < found["rewards/accuracies"] < 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_batch_without_a_pair_has_no_extremes(tmp_path, monkeypatch, sign):
+    """A process with nothing to evaluate, or a masked micro-batch, adds nothing, not a score of 0."""
+    trainer = trainer_for(tmp_path)
+    scores = sign * torch.tensor([5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr("rlhf_fast.trainers.rm.score_batch", lambda model, inputs: scores)
+    full, totals = pair_batch(pair_data(MARGINS[:2]), False), {"pairs": torch.tensor(2)}
+    empty = trainer.first_rows(full, 0)
+
+    def logged(*batches):
+        sums = Sums()
+        for batch in batches:
+            sums.add(trainer.share(trainer.model, batch, totals)[1])
+        values = sums.reduced(trainer.accelerator)
+        return trainer.finish_metrics({name: value.item() for name, value in values.items()})
+
+    found = logged(empty, full, empty)
+    assert (found["rewards_min"], found["rewards_max"]) == (scores.min(), scores.max())
+    nothing = logged(empty, empty)
+    assert "rewards_max" not in nothing
+    assert set(nothing.values()) == {0.0}
 
 
 def test_micro_batches_packing_and_checkpointing_change_nothing(tmp_path):

@@ -95,7 +95,10 @@ class _Chunk(NamedTuple):
 
 
 def _plan(count: int, step: int, scored: Tensor, segments: Tensor | None) -> Iterator[_Chunk]:
-    """Cut the scored rows into chunks of at most `step` rows, or of whole segments."""
+    """Cut the scored rows into chunks of at most `step` rows, or of whole segments.
+
+    A segment without a scored row goes with its neighbours: no chunk is empty, unless all of them are.
+    """
     if segments is None:
         yield from (_Chunk(i, min(i + step, count), None, None) for i in range(0, count, step))
         return
@@ -104,7 +107,9 @@ def _plan(count: int, step: int, scored: Tensor, segments: Tensor | None) -> Ite
     cu, first = cu.tolist(), 0
     while first < len(cu) - 1:
         last = first + 1
-        while last < len(cu) - 1 and cu[last + 1] - cu[first] <= step:
+        while last < len(cu) - 1 and (
+            cu[last] == cu[first] or cu[last + 1] == cu[last] or cu[last + 1] - cu[first] <= step
+        ):
             last += 1
         yield _Chunk(cu[first], cu[last], (first, last), ids[cu[first] : cu[last]] - first)
         first = last
@@ -172,8 +177,14 @@ def _metric(name: str, value: object, like: Tensor) -> Tensor:
 
 
 def merge_metrics(total: Metrics, new: Metrics) -> None:
-    """Add the metrics of one more chunk: sums, but extremes for names that end in _max or _min."""
+    """Add the metrics of one more chunk or micro-batch: sums, but extremes for names that end in _max or _min.
+
+    One without a scored row (rows_forward 0) has no extremes.
+    """
+    empty = not new.get("rows_forward", True)
     for name, value in new.items():
+        if empty and name.endswith(("_max", "_min")):
+            continue
         if name not in total:
             total[name] = value
         elif name.endswith("_max"):

@@ -74,11 +74,16 @@ class RewardTrainer(FusedTrainer):
         margin = inputs.get("margin") if self.use_margin else None
         pairs, valid = totals["pairs"].clamp(min=1).to(chosen.dtype), valid_pairs(inputs)
         loss, metrics = reward_loss(chosen, rejected, margin=margin, mask=valid, normalizer=pairs, **self.options)
+        nothing = ~valid.any()  # then no extremes either: other micro-batches' win
+        for name, yields in (("rewards_max", -math.inf), ("rewards_min", math.inf)):
+            metrics[name] = metrics[name].masked_fill(nothing, yields)
         squares = (chosen.detach().square() + rejected.detach().square()).mul(valid).sum() / (2 * pairs)
         return loss, {**metrics, "rewards/std": squares}
 
     def finish_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The standard deviation of all scores from their mean square."""
+        """The standard deviation of all scores from their mean square. No extremes where no pair counted."""
+        if metrics["rewards_max"] < metrics["rewards_min"]:
+            metrics = {name: value for name, value in metrics.items() if name not in ("rewards_max", "rewards_min")}
         mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
         return metrics | {"rewards/std": math.sqrt(max(metrics["rewards/std"] - mean**2, 0.0))}
 
