@@ -12,6 +12,8 @@ from grpo_cases import exact_norms, experience_of, log_rows, tiny, trainer  # no
 from rlhf_fast import reference  # noqa: E402
 from rlhf_fast.losses import policy_loss  # noqa: E402
 from rlhf_fast.losses.registry import policy_loss_kinds  # noqa: E402
+from rlhf_fast.trainers.beforehand import with_entropy_threshold  # noqa: E402
+from rlhf_fast.trainers.experience import IGNORE, MicroBatch, MiniBatch, as_plain, from_plain  # noqa: E402
 from rlhf_fast.trainers.grpo import PROPORTIONAL, GRPOConfig  # noqa: E402
 from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 
@@ -96,8 +98,6 @@ def test_through_the_trainer_equals_the_reference(setting, case):
     logprob, h = tokens_of(plain, experience)
     old = now if config.importance_correction or config.top_entropy_quantile < 1 else experience.logprob
     named = reference_options(options) | ({"max_length": 5} if config.loss_type == "dr_grpo" else {})
-    if case == "top entropy, bonus":  # its normaliser is the share asked for, not the tokens found
-        named["entropy_normalizer"] = 0.5 * len(now)
     want, _ = reference.policy_loss(
         logprob, old, experience.advantages, kind=config.loss_type, cu_seqlens=experience.cu_completions,
         ref_logprob=ref, entropy=h, rollout_logprob=experience.logprob, **named,
@@ -106,6 +106,31 @@ def test_through_the_trainer_equals_the_reference(setting, case):
     assert loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
     for (name, got), p in zip(it.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, p.grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_selected_tokens_are_counted_over_all_processes():
+    """Ties at the threshold are all selected, so the share asked for is not the count; it outlives a checkpoint."""
+
+    class Two:
+        """Two processes, of which the other has these entropies."""
+
+        num_processes, device = 2, torch.device("cpu")
+        other = torch.tensor([2.0, 2.0, 5.0, 0.1])
+
+        def pad_across_processes(self, values, pad_index):
+            return torch.nn.functional.pad(values, (0, 4 - len(values)), value=pad_index)
+
+        def gather(self, values):
+            return torch.cat([values, self.other])
+
+    grid = torch.zeros(1, 4)
+    micro = MicroBatch(grid.long(), torch.tensor([[3, IGNORE, 4, 5]]), torch.tensor([0, 4]), grid, grid)
+    micro = micro._replace(extra={"old_entropy": torch.tensor([[2.0, 9.0, 0.2, 0.3]])})
+    found = with_entropy_threshold(MiniBatch([micro], 1, 7, 7), 0.3, Two())
+    assert found.entropy_threshold == 2.0
+    assert found.selected_tokens == 4  # of the seven: 2, 2, 2 and 5
+    again = from_plain(as_plain(found), torch.device("cpu"))
+    assert again[1:] == found[1:]
 
 
 @pytest.mark.parametrize("kind", sorted(BY_COVARIANCE))

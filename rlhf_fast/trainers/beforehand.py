@@ -43,7 +43,7 @@ def with_old(minibatch: MiniBatch, policy: nn.Module, temperature: float) -> Min
 
 
 def with_entropy_threshold(minibatch: MiniBatch, quantile: float, accelerator: Accelerator) -> MiniBatch:
-    """Of the share `quantile` of the minibatch's tokens, on all processes, that have the highest entropy.
+    """The entropy above which lies the share `quantile` of the minibatch's tokens, on all processes, and how many do.
 
     Source: Wang et al. 2025, "Beyond the 80/20 Rule" (arXiv:2506.01939), equation 7.
     """
@@ -51,7 +51,8 @@ def with_entropy_threshold(minibatch: MiniBatch, quantile: float, accelerator: A
     entropy = torch.cat(entropy) if entropy else torch.empty(0, device=accelerator.device)
     entropy = _pooled(entropy, accelerator)
     threshold = float(entropy.quantile(1 - quantile)) if len(entropy) else 0.0
-    return minibatch._replace(entropy_threshold=threshold)
+    selected = max(int((entropy >= threshold).sum()), 1)
+    return minibatch._replace(entropy_threshold=threshold, selected_tokens=selected)
 
 
 def _pooled(values: Tensor, accelerator: Accelerator) -> Tensor:

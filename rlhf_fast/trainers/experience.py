@@ -83,6 +83,7 @@ class MiniBatch(NamedTuple):
     tokens: float  # trained tokens
     live_tokens: float  # those of them in the micro-batches
     entropy_threshold: float | None = None  # tokens of lower entropy are not trained on
+    selected_tokens: float | None = None  # the others; None: all
 
 
 def as_plain(minibatch: MiniBatch) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class GRPOTrainer(RLTrainer):
             "old_entropy": micro.extra.get("old_entropy"),
             "entropy_threshold": minibatch.entropy_threshold,
             "normalizer": minibatch.tokens if by_token else minibatch.sequences,
-            "entropy_normalizer": minibatch.tokens * config.top_entropy_quantile,
+            "entropy_normalizer": minibatch.selected_tokens or minibatch.tokens,
             "num_tokens": minibatch.live_tokens,
         }
         return self.model(
