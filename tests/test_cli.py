@@ -96,7 +96,7 @@ def test_dry_run_of_every_stage(config, stage):
     (config.parent / "train.jsonl").write_text((json.dumps(ROWS[stage]) + "\n") * 6)
     values = [f"stage={stage}", "per_device_train_batch_size=2", "max_steps=-1"]
     if stage in ("grpo", "ppo"):
-        values += ["reward_funcs=x:y", "max_completion_length=8"]
+        values += ["reward_funcs=rlhf_fast.trainers.rewards:exact_match", "max_completion_length=8"]
     if stage == "grpo":
         values += ["num_generations=2"]
     result = invoke("train", config, "--dry-run", *values)

@@ -9,6 +9,7 @@ import torch
 
 from rlhf_fast.trainers import reward_calls
 from rlhf_fast.trainers.rewards import RewardError, Rewards, exact_match, load_function
+from rlhf_fast.trainers.rollout.turns import load_environment
 
 PROMPTS, COMPLETIONS = ["a>", "a>", "b>"], ["x", "yy", ""]
 IDS = [[3, 1], [4, 4, 1], [1]]
@@ -117,6 +118,8 @@ def test_import_paths():
         load_function("len")
     with pytest.raises(ValueError, match="is not callable but float"):
         load_function("math:pi")
+    with pytest.raises(ValueError, match=r"^environment 'math:nothing': math has no 'nothing'"):
+        load_environment("math:nothing")
 
 
 def test_bad_construction():

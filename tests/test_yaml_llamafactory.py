@@ -229,7 +229,7 @@ def test_no_and_false_are_one_word_to_yaml(place):
     """A bare `no` is false in YAML 1.1."""
     assert place(COMMON + "logging_strategy: no\n", stage="sft").training_arguments["logging_strategy"] == "no"
     text = COMMON.replace("save_strategy: steps", "save_strategy: no")
-    assert place(text, stage="grpo").save_steps == 0
+    assert place(text + "reward_funcs: a:b\n", stage="grpo").save_steps == 0
     assert place(text, stage="sft").training_arguments["save_strategy"] == "no"
 
 

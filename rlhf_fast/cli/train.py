@@ -14,7 +14,8 @@ from typing import Any
 def train(config: str | Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> dict[str, Any]:
     """Run the stage that a YAML file describes and print where its output is; returns its summary.
 
-    `dry_run` reads and checks configuration and data, prints both and the predicted memory, and loads no model.
+    `dry_run` makes every check that needs no model (names, import paths, the checkpoint to go on from, data), prints
+    configuration, data and the predicted memory, and loads no model.
     """
     from rlhf_fast.trainers.config import load_config, run
     from rlhf_fast.trainers.run_log import is_main_process
@@ -62,7 +63,9 @@ def _dry_run(config: Any) -> dict[str, Any]:
     from rlhf_fast.cli.plan import show
     from rlhf_fast.trainers.models.hf_utils import load_tokenizer
     from rlhf_fast.trainers.plan import plan
+    from rlhf_fast.trainers.preflight import preflight
 
+    preflight(config)
     print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
     tokenizer = load_tokenizer(config)
     counts = (_prompts if config.stage in ("ppo", "grpo") else _examples)(config, tokenizer)
@@ -76,8 +79,9 @@ def _dry_run(config: Any) -> dict[str, Any]:
 
 def _examples(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the data of a Trainer stage holds."""
-    from rlhf_fast.trainers.stage import load_data
+    from rlhf_fast.trainers.stage import load_data, training_arguments
 
+    training_arguments(config, has_eval=bool(config.eval_dataset or config.val_size))
     parts = zip(("train", "evaluation"), load_data(config, tokenizer, quiet=True), strict=True)
     return {key: dataset.stats for key, (dataset, _) in parts if dataset is not None}
 
@@ -86,21 +90,25 @@ def _prompts(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the prompts of PPO and GRPO hold."""
     from rlhf_fast.trainers.data.dataset_info import load_rows
     from rlhf_fast.trainers.data.tokenize import tokenize_prompts
+    from rlhf_fast.trainers.rl_data import check_columns_of
 
     limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
     keys = [("train", "dataset"), ("evaluation", "eval_dataset")]
     wanted = [(name, key) for name, key in keys if getattr(config, key)]
-    return {name: tokenize_prompts(load_rows(config, key), tokenizer, **limits)[1] for name, key in wanted}
+    found = {name: tokenize_prompts(load_rows(config, key), tokenizer, **limits) for name, key in wanted}
+    check_columns_of(config, *(found[name][0] if name in found else None for name, _ in keys))
+    return {name: stats for name, (_, stats) in found.items()}
 
 
 def _steps(config: Any, rows: int) -> int:
     """Optimizer steps on one device (for PPO: rollouts)."""
+    generates = config.stage in ("ppo", "grpo")
+    prompts, minibatches = config.sizes() if generates else (0, 0)  # an error where they do not divide
     if config.max_steps > 0:
         return config.max_steps
-    if config.stage not in ("ppo", "grpo"):
+    if not generates:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return math.ceil(math.ceil(rows / batch) * config.num_train_epochs)
-    prompts, minibatches = config.sizes()
     rollouts = max(1, math.ceil(config.num_train_epochs * rows / prompts))
     return rollouts if config.stage == "ppo" else rollouts * minibatches * config.num_iterations
 

@@ -32,22 +32,21 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import SchedulerType
 
 from rlhf_fast.trainers import checkpoint as files
-from rlhf_fast.trainers.callbacks import SkippedSteps, check_trackers, or_broken, warn_of_fp16
+from rlhf_fast.trainers.callbacks import SkippedSteps, or_broken, warn_of_fp16
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.memory_advice import memory_advice
 from rlhf_fast.trainers.meters import Meters
 from rlhf_fast.trainers.models.lora import optimizer_groups
+from rlhf_fast.trainers.preflight import check_names
 from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
 from rlhf_fast.trainers.sharding import join_processes
 from rlhf_fast.trainers.signals import Stopped, StopSignals
 from rlhf_fast.trainers.snapshot import POLICY, Snapshot
 from rlhf_fast.trainers.spread import Modules, spread_of
 
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules
 REDRAW_SECONDS = 60.0  # curves of a run in progress
 
 
@@ -128,10 +127,7 @@ class Loop:
         config = self.config
         updates, warmup = max_steps * updates_per_step, config.warmup_steps * updates_per_step
         warmup = warmup or int(config.warmup_ratio * updates)
-        try:
-            self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, updates)
-        except (TypeError, ValueError) as error:  # one that needs more than a number of steps
-            raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type}: {error}") from error
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, warmup, updates)
         self.callbacks.lr_scheduler = self.scheduler
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.logging_steps, self.state.save_steps = config.logging_steps, config.save_steps
@@ -362,13 +358,7 @@ def _training_arguments(config: RunConfig) -> TrainingArguments:
     shared = ("output_dir", "run_name", "seed", "logging_steps", "learning_rate", "per_device_train_batch_size")
     shared += ("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "lr_scheduler_type", "use_cpu")
     shared += ("ddp_timeout",)  # of the process group, which is made here
-    check_trackers(names(config.report_to))
-    try:
-        SchedulerType(config.lr_scheduler_type)
-    except ValueError as error:
-        raise ValueError(f"lr_scheduler_type: {error}") from None
-    if config.lr_scheduler_type in BY_METRIC:
-        raise ValueError(f"lr_scheduler_type={config.lr_scheduler_type} follows a metric, not steps: not supported")
+    check_names(config)
     settings = getattr(config, "deepspeed", None)
     asked = settings is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     deepspeed = dict(deepspeed=settings, bf16=config.bf16, fp16=config.fp16) if asked else {}

@@ -109,11 +109,8 @@ class PPOConfig(RLConfig):
 
     def check_paths(self) -> None:
         super().check_paths()
-        if not names(self.reward_model) and not names(self.reward_funcs):
-            raise ValueError("reward_model or reward_funcs is required: without either nothing scores the completions")
-        for name in ("reward_model", "critic_model"):
-            for folder in names(getattr(self, name)):
-                find_model(name, folder)
+        if self.critic_model is not None:
+            find_model("critic_model", self.critic_model)
 
     @property
     def micro_batches_per_rollout(self) -> int:

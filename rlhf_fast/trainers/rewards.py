@@ -5,9 +5,9 @@ A function is called with keywords and returns one entry for each completion:
     def fn(prompts, completions, completion_ids, **columns) -> list[float | None | list]
 
 `prompts` and `completions` are strings (for chat prompts: lists of messages), `prompt_ids` and `completion_ids` lists
-of token ids, `finish_reasons` is "stop" or "length" for each row, and every other column of the dataset comes as a list
-under its own name, repeated for each completion of a prompt. A function without **kwargs gets the keywords that it
-names. It may be a coroutine function: all of those run at the same time.
+of token ids, `finish_reasons` is "stop" or "length" for each row, and every other column of the dataset but `prompt`
+and `completion` comes as a list under its own name, repeated for each completion of a prompt. A function without
+**kwargs gets the keywords that it names. It may be a coroutine function: all of those run at the same time.
 
 None means "does not apply to this row" and leaves the row to the other functions; NaN or infinity drops the row. A list
 is a process reward: numbers, one for each token of the completion, or pairs (token, reward), one for each step, where
@@ -32,6 +32,8 @@ from rlhf_fast.trainers.config_types import first_line
 from rlhf_fast.trainers.reward_calls import RewardError, call_all
 
 RewardFunction = Callable[..., Any]
+HANDED_OVER = frozenset(("prompts", "completions", "prompt_ids", "completion_ids", "finish_reasons"))
+"""What a function gets beside the data's columns, none of which may have such a name."""
 Entry = float | list[tuple[int, float]] | None
 """What a function says about one completion: a reward, the rewards of its steps, or nothing."""
 
@@ -53,32 +55,32 @@ class Scores(NamedTuple):
     metrics: dict[str, float] | None = None  # what the functions say of these rows together, in their `metrics`
 
 
-def load_function(spec: str | RewardFunction) -> RewardFunction:
-    """A callable as it is, or the one at an import path "package.module:function"."""
+def load_function(spec: str | RewardFunction, what: str = "reward function") -> RewardFunction:
+    """A callable as it is, or the one at an import path "package.module:function". `what` is its name in errors."""
     if callable(spec):
         return spec
     module, colon, name = str(spec).partition(":")
     if not colon or not module or not name:
-        raise ValueError(f"a reward function is 'package.module:function' or a callable, got {spec!r}")
+        raise ValueError(f"{what}: expected 'package.module:function' or a callable, got {spec!r}")
     try:
         function = importlib.import_module(module)
     except Exception as error:  # of the module's own code too
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"reward function {spec!r}: no module {error.name!r} on Python's path, to which `rlhf-fast train` adds "
+                f"{what} {spec!r}: no module {error.name!r} on Python's path, to which `rlhf-fast train` adds "
                 "the working directory and the configuration's folder"
             ) from None
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, SyntaxError) else f" ({Path(frame.filename).name}, line {frame.lineno})"
         raise ValueError(
-            f"reward function {spec!r}: {module} cannot be imported: {type(error).__name__}: {first_line(error)}{where}"
+            f"{what} {spec!r}: {module} cannot be imported: {type(error).__name__}: {first_line(error)}{where}"
         ) from error
     for part in name.split("."):
         if not hasattr(function, part):
-            raise ValueError(f"reward function {spec!r}: {module} has no {name!r}")
+            raise ValueError(f"{what} {spec!r}: {module} has no {name!r}")
         function = getattr(function, part)
     if not callable(function):
-        raise ValueError(f"reward function {spec!r} is not callable but {type(function).__name__}")
+        raise ValueError(f"{what} {spec!r} is not callable but {type(function).__name__}")
     return function
 
 
@@ -111,7 +113,7 @@ class Rewards:
         if not specs:
             raise ValueError("reward_funcs must hold at least one function, got none")
         self.functions = [load_function(spec) for spec in specs]
-        self.names = _distinct([getattr(f, "__name__", type(f).__name__) for f in self.functions])
+        self.names = _distinct([name_of(f) for f in self.functions])
         weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
         if len(weights) != len(specs):
             raise ValueError(f"reward_weights must hold {len(specs)} numbers, one a function, got {len(weights)}")
@@ -168,6 +170,21 @@ def _steps(columns: Sequence[Sequence[Entry]]) -> Steps:
         for step in entry
     ]
     return Steps(*map(torch.tensor, zip(*flat, strict=True)))
+
+
+def name_of(function: RewardFunction) -> str:
+    """What metrics and errors call it."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def required(function: RewardFunction) -> set[str]:
+    """The keywords that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name for p in named if p.default is p.empty}
 
 
 def _accepted(function: RewardFunction) -> set[str] | None:

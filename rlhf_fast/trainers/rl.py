@@ -29,12 +29,13 @@ from rlhf_fast.trainers.models.hf_utils import (
     vocabulary_size,
 )
 from rlhf_fast.trainers.models.policy import Reference, enable_checkpointing
+from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.restore import seed_from
 from rlhf_fast.trainers.reward_calls import RewardError
 from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, load_rewards
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards, Scores, finite_mean
 from rlhf_fast.trainers.rl_config import RLConfig
-from rlhf_fast.trainers.rl_data import as_prompts, columns_of, load_prompts, make_perplexity
+from rlhf_fast.trainers.rl_data import as_prompts, check_columns, columns_of, load_prompts, make_perplexity
 from rlhf_fast.trainers.rollout.http_client import ServerError
 from rlhf_fast.trainers.rollout.samplers import Rollout, SamplerSettings, make_sampler
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, conversations
@@ -89,6 +90,8 @@ class RLTrainer(Evaluating):
         self.eval_rewards = make_rewards(measured, None, config.reward_timeout)
         known = dict(tokenizer=self.tokenizer, config=config, vocabulary=vocabulary_size(model))
         self.prompts, self.eval_prompts = as_prompts(train_dataset, **known), as_prompts(eval_dataset, **known)
+        check_columns(self.prompts, self.rewards.functions if self.rewards is not None else ())
+        check_columns(self.eval_prompts, self.reward_functions())
         self.prepare_model(model)
         if config.gradient_checkpointing:
             enable_checkpointing(model)
@@ -331,14 +334,12 @@ def run_rl(
     config: RLConfig, trainer_class: type[RLTrainer], callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
     """Train as the configuration says; returns what `summary.json` holds."""
-    config.check_paths()
+    preflight(config)
     load_whole()
-    for specs in (config.reward_funcs, config.eval_reward_funcs):  # before anything is loaded
-        make_rewards(specs, None, None)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
-    rewards = load_rewards(config, tokenizer)
     prompts, evaluation, stats = load_prompts(config, tokenizer)
+    rewards = load_rewards(config, tokenizer)
     model = load_model(config, tokenizer)
     check_window(model, stats.longest + config.max_completion_length, "the longest prompt with its completion")
     trainer = trainer_class(model, tokenizer, prompts, rewards, config, eval_dataset=evaluation, callbacks=callbacks)

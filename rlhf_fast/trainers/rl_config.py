@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_fast.trainers.config import require
+from rlhf_fast.trainers.config import find_model, require
+from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.reference_config import ReferenceOptions
 from rlhf_fast.trainers.rollout.config import RolloutConfig
 
@@ -66,6 +67,14 @@ class RLConfig(ReferenceOptions, RolloutConfig):
                 f"cutoff_len={self.cutoff_len} leaves no room for a prompt beside "
                 f"max_completion_length={self.max_completion_length}"
             )
+
+    def check_paths(self) -> None:
+        super().check_paths()
+        if not names(self.reward_model) and not names(self.reward_funcs):
+            raise ValueError("reward_model or reward_funcs is required: without either nothing scores the completions")
+        for folder in names(self.reward_model):
+            find_model("reward_model", folder)
+        self.dataset_paths("perplexity_dataset")
 
     @property
     def best_metric(self) -> tuple[str, bool]:

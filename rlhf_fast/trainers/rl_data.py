@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhf_fast.trainers.data.dataset_info import load_rows, split
@@ -18,7 +18,11 @@ from rlhf_fast.trainers.data.tokenize import (
     tokenize_sft,
 )
 from rlhf_fast.trainers.gauges import Perplexity
+from rlhf_fast.trainers.preflight import reward_functions
+from rlhf_fast.trainers.rewards import HANDED_OVER, RewardFunction, name_of, required
 from rlhf_fast.trainers.rl_config import RLConfig
+
+WITHHELD = frozenset(("prompt", "completion"))  # columns of the data that reward functions do not get
 
 
 def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> list[Prompt] | None:
@@ -39,10 +43,30 @@ def as_prompts(rows: Any, tokenizer: Any, config: RLConfig, vocabulary: int) -> 
 
 
 def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The data's own columns, one value a row."""
-    reserved = {"prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "finish_reasons"}
-    names = dict.fromkeys(name for p in rows for name in p.columns if name not in reserved)
+    """What reward functions get of the data: every column but `WITHHELD`; None where a row has none."""
+    names = dict.fromkeys(name for p in rows for name in p.columns if name not in WITHHELD)
     return {name: [p.columns.get(name) for p in rows] for name in names}
+
+
+def check_columns(prompts: Sequence[Prompt] | None, functions: Iterable[RewardFunction]) -> None:
+    """Raise ValueError naming file and line where a row has a column that only the trainer may hand over, or lacks one
+    that a function takes without a default; for the latter the function too."""
+    needed = [(function, column) for function in functions for column in required(function) - HANDED_OVER]
+    for function, column in needed:
+        if column in WITHHELD:
+            raise ValueError(
+                f"reward function {name_of(function)!r} needs the column {column!r}, which is not handed over as such: "
+                f"prompts are in `prompts`, and a reference answer needs a column of another name"
+            )
+    for prompt in prompts or ():
+        for name in prompt.columns.keys() & HANDED_OVER:
+            raise ValueError(f"{prompt.where}: the column {name!r} is what the trainer hands over itself; rename it")
+        for function, column in needed:
+            if column not in prompt.columns:
+                raise ValueError(
+                    f"{prompt.where}: no column {column!r}, which the reward function {name_of(function)!r} needs; "
+                    f"the row has {', '.join(prompt.columns) or 'none'}"
+                )
 
 
 def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[Prompt] | None, DataStats]:
@@ -56,12 +80,19 @@ def load_prompts(config: RLConfig, tokenizer: Any) -> tuple[list[Prompt], list[P
         return prompts, stats
 
     prompts, stats = load("dataset")
-    if config.eval_dataset:
-        return prompts, load("eval_dataset")[0], stats
-    if not config.val_size:
-        return prompts, None, stats
-    kept, held = split(len(prompts), config.val_size, config.seed)
-    return [prompts[i] for i in kept], [prompts[i] for i in held], stats
+    held_out = load("eval_dataset")[0] if config.eval_dataset else None
+    if config.val_size:
+        kept, held = split(len(prompts), config.val_size, config.seed)
+        prompts, held_out = [prompts[i] for i in kept], [prompts[i] for i in held]
+    check_columns_of(config, prompts, held_out)
+    return prompts, held_out, stats
+
+
+def check_columns_of(config: RLConfig, prompts: Sequence[Prompt] | None, evaluation: Sequence[Prompt] | None) -> None:
+    """`check_columns` by the functions of a configuration."""
+    scoring, measured = reward_functions(config)
+    check_columns(prompts, scoring)
+    check_columns(evaluation, [*scoring, *measured])
 
 
 def make_perplexity(config: RLConfig, tokenizer: Any, vocabulary: int, texts: Any = None) -> Perplexity | None:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf_fast.trainers.base import FusedTrainer
 from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback, check_trackers
-from rlhf_fast.trainers.checkpoint import resume_path, step_of
+from rlhf_fast.trainers.checkpoint import step_of
 from rlhf_fast.trainers.config import TrainerConfig
 from rlhf_fast.trainers.config_types import names
 from rlhf_fast.trainers.data.dataset_info import load_rows, split
@@ -27,6 +27,7 @@ from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
 from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
+from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
 from rlhf_fast.trainers.sharding import join_processes, load_whole
 
@@ -48,9 +49,8 @@ def run_stage(
         build: (model, args, processing_class=, train_dataset=, eval_dataset=, callbacks=) -> trainer.
     """
     start = time.perf_counter()
-    config.check_paths()
+    checkpoint = preflight(config)
     load_whole()
-    checkpoint = resume_path(config)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
     train, evaluation = load_data(config, tokenizer)

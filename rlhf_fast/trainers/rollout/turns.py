@@ -165,12 +165,14 @@ class MultiTurnSampler:
         )
 
 
+def load_environment(spec: str | Environment) -> Environment:
+    """The callable at an import path, or one as it is."""
+    return load_function(spec, "environment")
+
+
 def conversations(sampler: Sampler, config: Any, tokenizer: Any) -> MultiTurnSampler:
     """The sampler of conversations that a `RolloutConfig` describes."""
-    try:
-        environment = load_function(config.environment)
-    except ValueError as error:
-        raise ValueError(f"environment: {error}") from None
+    environment = load_environment(config.environment)
     has_template = getattr(tokenizer, "chat_template", None) is not None
     render = {"render": chat_turn(tokenizer, config.environment_role)} if has_template else {}
     limits = dict(max_turns=config.max_turns, max_length=config.max_completion_length)
