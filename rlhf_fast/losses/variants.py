@@ -253,7 +253,8 @@ def _fraction(selected: Tensor, valid: Tensor) -> Tensor:
 def clip_cov(x: PolicyTerms, o: PolicyLoss):
     """Clip-Cov (Cui et al. 2025, eq. 10-11): PPO whose gradient is cut at random tokens of high covariance.
 
-    Numbers as in verl. The draw is over the batch given to `prepare`; `batch["noise"]` (N,) replaces torch's generator.
+    Numbers as in verl. The draw is over the batch given to `prepare`, in the trainers a micro-batch, as in verl: the
+    layout changes the result. `batch["noise"]` (N,) replaces torch's generator.
     """
     return clipped(x, o)
 
@@ -266,7 +267,10 @@ def clip_cov(x: PolicyTerms, o: PolicyLoss):
     params={"fraction": 2e-4, "coef": 1.0},
 )
 def kl_cov(x: PolicyTerms, o: PolicyLoss):
-    """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl."""
+    """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl.
+
+    They are chosen within the batch given to `prepare`, in the trainers a micro-batch: the layout changes the result.
+    """
     return -x.ratio * x.advantages + o.params["coef"] * x.batch["held"] * x.token_log_ratio.abs()
 
 

@@ -13,7 +13,8 @@ Departures from the textbook, each exact:
   it counts in the normaliser. A minibatch of nothing else makes no step; the schedule goes on;
 - completions of a prompt may share a row behind one copy of it (`layout`), so the prompt is computed once;
 - advantages are per token, since process rewards make them so; an outcome's is the same along its completion;
-- normalisers are counts over the whole minibatch and all processes, so micro-batches change nothing but rounding;
+- normalisers are counts over the whole minibatch and all processes, so micro-batches change nothing but rounding
+  (but for clip_cov and kl_cov, which choose their tokens within one);
 - the policy is updated in eval mode (`disable_dropout`), so that sampler, policy and reference are one function.
 """
 
