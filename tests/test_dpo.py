@@ -26,7 +26,7 @@ from stage_cases import (
 
 from rlhf_fast import reference
 from rlhf_fast.cli.demos.task import make_tokenizer
-from rlhf_fast.losses.preference import PreferenceLoss
+from rlhf_fast.losses.preference import PreferenceLoss, preference_loss
 from rlhf_fast.trainers.config import make_config
 from rlhf_fast.trainers.data.collators import PairCollator
 from rlhf_fast.trainers.dpo import DPOTrainer, run_dpo
@@ -449,6 +449,36 @@ def test_llama_factorys_and_trls_names_are_the_same_keys():
     ).preference_loss()
     assert trl.kinds == (("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0))
     assert make_config(base | dict(pref_loss="simpo", simpo_gamma=0.7)).preference_loss().params["simpo_gamma"] == 0.7
+
+
+def test_llama_factorys_loss_has_its_nll_and_trls_has_trls():
+    """Chosen answers of 6 tokens and of 1: a mean over answers of their means, or over the tokens."""
+
+    def loss_of(**values):
+        return make_config({"stage": "dpo", "beta": 0.1} | values)
+
+    sums, lengths = (
+        [torch.tensor([-6.0, -0.4]), torch.tensor([-9.0, -2.0])],
+        (torch.tensor([6, 1]), torch.tensor([4, 3])),
+    )
+    odds = preference_loss(*sums, kind="orpo", lengths=lengths, beta=0.1, sft_average="sequence").loss - 0.7
+    by_answer, by_token = (1.0 + 0.4) / 2, 6.4 / 7
+    for values, nll in (
+        (dict(pref_loss="orpo"), by_answer),
+        (dict(dpo_loss="orpo"), by_answer),
+        (dict(loss_type="orpo"), by_token),
+        (dict(pref_loss="orpo", sft_average="token"), by_token),
+        (dict(loss_type="orpo", sft_average="sequence"), by_answer),
+        (dict(pref_loss="orpo", pref_ftx=0.5), 1.5 * by_answer),
+        (dict(loss_type="orpo", pref_ftx=0.5), 1.5 * by_answer),
+        (dict(loss_type="orpo", rpo_alpha=0.5), 1.5 * by_token),
+        (dict(pref_loss="orpo", rpo_alpha=0.5), 1.5 * by_token),
+    ):
+        loss = preference_loss(*sums, kind=loss_of(**values).preference_loss(), lengths=lengths).loss
+        assert loss.item() == pytest.approx(odds.item() + nll, rel=1e-5), values
+    assert make_config({"stage": "dpo", "pref_loss": "orpo"}, ["loss_type=orpo"]).sft_average is None
+    for sigmoid in (dict(pref_loss="sigmoid"), dict(pref_loss=["sigmoid", "hinge"])):
+        assert loss_of(**sigmoid).sft_average is None  # no NLL in it: nothing to average
 
 
 @pytest.mark.parametrize(

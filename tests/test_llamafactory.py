@@ -21,6 +21,8 @@ pytest.importorskip("accelerate")
 from rlhf_fast.integrations import llamafactory as ours  # noqa: E402
 from rlhf_fast.integrations._patching import PatchError  # noqa: E402
 from rlhf_fast.integrations.lm_head import is_fused, unfuse_lm_head  # noqa: E402
+from rlhf_fast.losses import preference_loss  # noqa: E402
+from rlhf_fast.trainers.config import make_config  # noqa: E402
 
 VOCAB, PAD = 31, -100
 
@@ -135,6 +137,30 @@ def test_pairs(factory, options, lora):
         trainer.ref_model = None
     batch = dict(input_ids=ids, attention_mask=attention, labels=labels)
     compare(trainer, model, batch, "logits/")
+
+
+@pytest.mark.parametrize("keys", [{}, {"pref_ftx": 0.7}], ids=str)
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo", "simpo"])
+def test_its_keys_mean_its_losses(factory, kind, keys):
+    """The loss that our configuration makes of `pref_loss` and `pref_ftx`, on answers of very different lengths."""
+    ids, attention, labels = rows(6)
+    labels[:2, 4:] = PAD  # one token is left
+    model, ref_model = tiny(), None if kind in ("orpo", "simpo") else tiny(1)
+    trainer = trainer_of(
+        factory.dpo.CustomDPOTrainer, model, ref_model, loss_type=kind, ftx_gamma=keys.get("pref_ftx", 0.0)
+    )
+    batch = dict(input_ids=ids, attention_mask=attention, labels=labels)
+    want, _ = trainer.get_batch_loss_metrics(model, dict(batch))
+
+    def sums(model):
+        logps, lengths = factory.utils.get_batch_logps(model(ids, attention_mask=attention).logits, labels)
+        return [*logps.chunk(2), *lengths.chunk(2)]
+
+    config = make_config({"stage": "dpo", "pref_loss": kind, "pref_beta": 0.3, "simpo_gamma": None, **keys})
+    chosen, rejected, *lengths = sums(model)
+    refs = () if ref_model is None else [x.detach() for x in sums(ref_model)[:2]]
+    loss = preference_loss(chosen, rejected, *refs, kind=config.preference_loss(), lengths=tuple(lengths)).loss
+    torch.testing.assert_close(loss, want, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("tags", [[True, False, True, False], [True] * 4])

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -142,6 +142,10 @@ class RunConfig:
             setattr(self, name, convert(name, getattr(self, name), expected))
         self.packing = self.packing or self.neat_packing
         self.validate()
+
+    @classmethod
+    def imply(cls, given: dict[str, Any], renamed: Collection[str]) -> None:
+        """Put into `given` what keys under their other names mean beside their value."""
 
     def validate(self) -> None:
         """Raise ValueError on values that have the right type but make no sense."""
@@ -293,11 +297,12 @@ def make_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Run
     for key, value in nested.items():
         given.setdefault(key, value)
     config_keys.override(given, texts, cls)
-    for other, name in config_keys.aliases(cls).items():
-        if other in given:
-            if name in given:
-                raise ValueError(f"{other} and {name} are two names of one key; give one of them")
-            given[name] = given.pop(other)
+    renamed = {other: name for other, name in config_keys.aliases(cls).items() if other in given}
+    for other, name in renamed.items():
+        if name in given:
+            raise ValueError(f"{other} and {name} are two names of one key; give one of them")
+        given[name] = given.pop(other)
+    cls.imply(given, renamed)
     config_keys.drop_inert(given, known, stage)
     accepted = config_keys.training_argument_types() if set(given) - set(known) else {}
     if not cls.takes_training_arguments:

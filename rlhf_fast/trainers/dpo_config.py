@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rlhf_fast.losses.preference import PreferenceLoss
+from rlhf_fast.losses.preference_kinds import pair_variant, preference_loss_kinds
 from rlhf_fast.trainers.config import require
 from rlhf_fast.trainers.reference_config import ReferenceConfig
+
+LOSS_NAMES = ("pref_loss", "dpo_loss_type", "dpo_loss")  # loss_type, as LLaMA-Factory calls and means it
 
 
 @dataclass(kw_only=True)
@@ -21,7 +24,7 @@ class DPOConfig(ReferenceConfig):
     beta: float = 0.1  # tie to the reference; IPO's tau, ORPO's lambda
     label_smoothing: float = 0.0
     rpo_alpha: float | None = None  # weight of an SFT term on the chosen answers, a mean over their tokens
-    pref_ftx: float = 0.0  # the same, each answer averaged for itself
+    pref_ftx: float = 0.0  # the same, each answer averaged for itself (LLaMA-Factory)
     pref_bco_weight: float = 0.0  # w: (loss + w bco_pair) / (1 + w)
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
@@ -32,14 +35,26 @@ class DPOConfig(ReferenceConfig):
     discopop_tau: float | None = None
     cpo_alpha: float | None = None
     length_average: bool | None = None  # ipo: scores per token
-    sft_average: Literal["token", "sequence"] | None = None  # of the NLL in sft, cpo, orpo
+    # Of the NLL in sft, cpo, orpo. None: over all tokens, as TRL; with pref_loss or pref_ftx each answer for itself and
+    # then over the answers, as LLaMA-Factory.
+    sft_average: Literal["token", "sequence"] | None = None
 
     aliases: ClassVar[Mapping[str, str]] = {
-        **{name: "loss_type" for name in ("pref_loss", "dpo_loss_type", "dpo_loss")},
+        **{name: "loss_type" for name in LOSS_NAMES},
         **{name: "beta" for name in ("pref_beta", "dpo_beta")},
         "dpo_label_smoothing": "label_smoothing",
         "dpo_ftx": "pref_ftx",
     }
+
+    @classmethod
+    def imply(cls, given: dict[str, Any], renamed: Collection[str]) -> None:
+        """LLaMA-Factory's loss has LLaMA-Factory's NLL; rpo_alpha is TRL's term, and has TRL's."""
+        kinds = given.get("loss_type")
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        with_nll = any(k in preference_loss_kinds() and "sft_average" in pair_variant(k).params for k in kinds)
+        free = given.get("sft_average") is None and given.get("rpo_alpha") is None
+        if free and with_nll and any(name in renamed for name in LOSS_NAMES):
+            given["sft_average"] = "sequence"
 
     def validate(self) -> None:
         super().validate()
