@@ -1,4 +1,4 @@
-"""Calls past torch's dispatcher, and gradients that were formed in the forward."""
+"""Calls past torch's dispatcher, what ops tell it, and gradients that were formed in the forward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+WAITS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+"""Tags of ops whose kernel waits for the device (to check targets, to count rows): torch.compile keeps them out of CUDA
+graphs, as mode="reduce-overhead" makes them."""
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ from rlhf_fast import _checks
 from rlhf_fast.ops import _divergence_run as _run
 from rlhf_fast.ops._divergence_rows import KINDS
 from rlhf_fast.ops._divergence_run import Call, Operands
+from rlhf_fast.ops._eager import WAITS
 from rlhf_fast.ops._head import Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._rows import Transform, stat_dtype
 from rlhf_fast.ops.fused import scaled
@@ -188,7 +189,7 @@ def _call(kind, ref_share, scale, softcap, inv_t, ref_scale, ref_softcap, ref_in
     return Call(kind, ref_share, tf, ref_tf, chunk_size, memory_budget)
 
 
-@torch.library.custom_op("rlhf_fast::linear_divergence", mutates_args=())
+@torch.library.custom_op("rlhf_fast::linear_divergence", mutates_args=(), tags=WAITS)
 def _linear_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -220,7 +221,7 @@ def _(hidden, weight, bias, ref_hidden, *args):
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty((_run.STATS, n), dtype=dtype)
 
 
-@torch.library.custom_op("rlhf_fast::linear_divergence_backward", mutates_args=())
+@torch.library.custom_op("rlhf_fast::linear_divergence_backward", mutates_args=(), tags=WAITS)
 def _linear_divergence_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -280,7 +281,7 @@ def _backward(ctx, grad, _stats):
 _linear_divergence.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("rlhf_fast::linear_divergence_loss", mutates_args=())
+@torch.library.custom_op("rlhf_fast::linear_divergence_loss", mutates_args=(), tags=WAITS)
 def _linear_divergence_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _checks
+from rlhf_fast.ops._eager import WAITS
 from rlhf_fast.ops._memory import empty
 from rlhf_fast.ops._rows import RowStats, Transform, row_dlogits, row_stats, stat_dtype
 from rlhf_fast.ops.linear import check_scoring, check_transform
@@ -110,7 +111,7 @@ def _gather(logits: Tensor, target: Tensor, scored: Tensor, tf: Transform) -> tu
     return index, t * tf.softcap * tf.inv_temperature, (1 - t * t) * (tf.scale * tf.inv_temperature)
 
 
-@torch.library.custom_op("rlhf_fast::logprob_from_logits", mutates_args=())
+@torch.library.custom_op("rlhf_fast::logprob_from_logits", mutates_args=(), tags=WAITS)
 def _logits_logprob(
     logits: Tensor,
     target: Tensor,

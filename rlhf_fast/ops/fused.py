@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast import _checks
+from rlhf_fast.ops._eager import WAITS
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
 from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._once import once_differentiable, roots
@@ -271,7 +272,7 @@ def _call_op(hidden, weight, bias, lora_a, lora_b, target, call: Call) -> tuple[
     return loss, logprob, entropy, dict(zip([*metrics, *ROW_COUNTS], values.unbind(), strict=True))
 
 
-@torch.library.custom_op("rlhf_fast::fused_linear_loss", mutates_args=())
+@torch.library.custom_op("rlhf_fast::fused_linear_loss", mutates_args=(), tags=WAITS)
 def _fused_linear_loss(
     hidden: Tensor,
     weight: Tensor,

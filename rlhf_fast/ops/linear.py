@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from rlhf_fast import _checks
 from rlhf_fast.ops import _linear_run
+from rlhf_fast.ops._eager import WAITS
 from rlhf_fast.ops._head import Lora, Wanted, wanted
 from rlhf_fast.ops._linear_run import Call, Inputs, Outputs, Saved
 from rlhf_fast.ops._once import once_differentiable, roots
@@ -192,7 +193,7 @@ def check_chunk(chunk_size: int | None, memory_budget: int | None) -> tuple[int 
     return chunk_size, memory_budget
 
 
-@torch.library.custom_op("rlhf_fast::linear_logprob", mutates_args=())
+@torch.library.custom_op("rlhf_fast::linear_logprob", mutates_args=(), tags=WAITS)
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -221,7 +222,7 @@ def _(hidden, weight, bias, a, b, target, lora_scaling, scale, softcap, inv_temp
     return tuple(Outputs.zeros(hidden, entropy, stats))
 
 
-@torch.library.custom_op("rlhf_fast::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("rlhf_fast::linear_logprob_backward", mutates_args=(), tags=WAITS)
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,

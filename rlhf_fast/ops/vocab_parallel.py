@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_fast.ops._eager import WAITS
 from rlhf_fast.ops._head import Lora, Wanted, tile_rows, wanted
 from rlhf_fast.ops._linear_run import scored_rows
 from rlhf_fast.ops._rows import RowStats, Transform, stat_dtype
@@ -92,7 +93,7 @@ def vocab_parallel_logprob(
     return LogProb(logprob.reshape(shape), h.reshape(shape) if entropy else None, lse.reshape(shape))
 
 
-@torch.library.custom_op("rlhf_fast::vocab_parallel_logprob", mutates_args=())
+@torch.library.custom_op("rlhf_fast::vocab_parallel_logprob", mutates_args=(), tags=WAITS)
 def _vocab_parallel_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -145,7 +146,7 @@ def _(hidden, weight, bias, a, b, target, group, gradients, lora_scaling, scale,
     return *per_row, torch.empty(resolve(group).size(), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("rlhf_fast::vocab_parallel_logprob_backward", mutates_args=())
+@torch.library.custom_op("rlhf_fast::vocab_parallel_logprob_backward", mutates_args=(), tags=WAITS)
 def _vocab_parallel_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
