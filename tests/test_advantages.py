@@ -390,3 +390,15 @@ def test_docstring_examples():
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "passes"), [("grpo", 1), ("dr_grpo", 1), ("rloo", 1), ("reinforce_plus_plus", 2)]
+)
+def test_the_batch_is_read_as_one_group_only_where_that_counts(estimator, passes, monkeypatch):
+    """It is another pass over all rewards, by one block of a GPU."""
+    calls, stats = [], module._scans.group_stats
+    monkeypatch.setattr(module._scans, "group_stats", lambda *args: calls.append(args) or stats(*args))
+    with use_backend("torch"):
+        group_advantages(torch.arange(8.0), group_size=4, **advantage_options(estimator))
+    assert len(calls) == passes

@@ -28,13 +28,13 @@ def report(log: str) -> dict[tuple[str, str], dict[str, int]]:
     for line in log.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)' for '(sm_\d+)'", line):
             key = (re.search(r"\d([a-z_]+_kernel)", entry.group(1)).group(1), entry.group(2))
-            found[key] = {"spill": 0, "registers": -1, "shared": 0}
+            found.setdefault(key, {"spill": 0, "registers": -1, "shared": 0})  # of a template: the worst form
         elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            found[key]["spill"] = int(spill.group(1)) + int(spill.group(2))
+            found[key]["spill"] += int(spill.group(1)) + int(spill.group(2))
         elif used := re.search(r"Used (\d+) registers", line):
-            found[key]["registers"] = int(used.group(1))
+            found[key]["registers"] = max(found[key]["registers"], int(used.group(1)))
             shared = re.search(r"(\d+) bytes smem", line)
-            found[key]["shared"] = int(shared.group(1)) if shared else 0
+            found[key]["shared"] = max(found[key]["shared"], int(shared.group(1)) if shared else 0)
     return found
 
 

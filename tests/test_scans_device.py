@@ -97,6 +97,18 @@ def test_whitening(n, device):
     assert math.isclose(m2, (chosen - chosen.mean()).square().sum().item() if n else 0.0, rel_tol=1e-9)
 
 
+def test_the_batch_as_one_group(device):
+    """Baseline and scale of the whole batch: one group of 70,001 rewards."""
+    rewards = torch.randn(70_001, generator=torch.Generator().manual_seed(0)).to(device) + 1000
+    rewards[17] = math.nan
+    for options in (dict(baseline="batch", scale="batch"), dict(group_size=1, baseline="none", scale="centered"), {}):
+        ours, again = group_advantages(rewards, **options), group_advantages(rewards, **options)
+        assert torch.equal(ours.advantages, again.advantages)
+        truth, naive = (x.advantages for x in exact(group_advantages, rewards, **options))
+        assert_budget(ours.advantages.cpu(), truth, naive)
+        assert ours.num_invalid == 1
+
+
 @pytest.mark.parametrize("by", ["size", "ids"])
 def test_groups(by, device):
     """Groups of one size or of any, in any order; NaN leaves its group intact, equal rewards give exactly 0."""

@@ -11,7 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kItems = 8;
 constexpr int kMaxBlocks = 1024;
-constexpr int kGroupWarps = 8;
+constexpr int kGroupWarps = 8;   // of a block: as many groups
+constexpr int kWholeWarps = 32;  // of a block that takes the only group
 
 int block_count(int64_t n) {
   const int64_t blocks = (n + kThreads * kItems - 1) / (kThreads * kItems);
@@ -68,41 +69,58 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ double warp_sum(double value) {
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
+// `value` of every lane of the team by `join`, in each of them: first the warps, then their results in order.
+template <int kTeam, typename Join>
+__device__ double team_reduce(double value, Join join) {
+  for (int by = 16; by > 0; by /= 2) value = join(value, __shfl_xor_sync(0xffffffffu, value, by));
+  if constexpr (kTeam > 1) {
+    __shared__ double s_warp[kTeam];
+    __syncthreads();  // some may still be reading what an earlier call left
+    if (threadIdx.x % 32 == 0) s_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = s_warp[0];
+    for (int w = 1; w < kTeam; ++w) value = join(value, s_warp[w]);
+  }
   return value;
 }
 
-// One warp per group. Everything is measured from the group's smallest reward: equal rewards deviate by exactly 0.
-__global__ void __launch_bounds__(kGroupWarps * 32)
+// A team of kTeam warps per group, kWarps / kTeam groups per block; a team is one warp or the block. Everything is
+// measured from the group's smallest reward: equal rewards deviate by exactly 0.
+template <int kWarps, int kTeam>
+__global__ void __launch_bounds__(kWarps * 32)
     group_stats_kernel(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups,
                        double* out) {
-  const int lane = threadIdx.x % 32;
-  const int64_t g = int64_t(blockIdx.x) * kGroupWarps + threadIdx.x / 32;
+  static_assert(kTeam == 1 || kTeam == kWarps, "barriers are the block's");
+  constexpr int kLanes = kTeam * 32;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t g = int64_t(blockIdx.x) * (kWarps / kTeam) + threadIdx.x / kLanes;
   if (g >= groups) return;
+  const auto add = [](double a, double b) { return a + b; };
+  const auto least = [](double a, double b) { return fmin(a, b); };
   const int64_t begin = offsets[g], end = offsets[g + 1];
   const auto value = [&](int64_t i) { return values[order ? order[i] : i]; };
   double count = 0.0, pivot = INFINITY;
-  for (int64_t i = begin + lane; i < end; i += 32) {
+  for (int64_t i = begin + lane; i < end; i += kLanes) {
     const double v = value(i);
     if (!isfinite(v)) continue;
     count += 1.0;
     pivot = fmin(pivot, v);
   }
-  count = warp_sum(count);
-  for (int by = 16; by > 0; by /= 2) pivot = fmin(pivot, __shfl_xor_sync(0xffffffffu, pivot, by));
+  count = team_reduce<kTeam>(count, add);
+  pivot = team_reduce<kTeam>(pivot, least);
   if (count == 0.0) pivot = 0.0;
   double sum = 0.0, m2 = 0.0;
-  for (int64_t i = begin + lane; i < end; i += 32) {
+  for (int64_t i = begin + lane; i < end; i += kLanes) {
     const double v = value(i);
     if (isfinite(v)) sum += v - pivot;
   }
-  const double mean = count > 0.0 ? warp_sum(sum) / count : 0.0;
-  for (int64_t i = begin + lane; i < end; i += 32) {
+  sum = team_reduce<kTeam>(sum, add);
+  const double mean = count > 0.0 ? sum / count : 0.0;
+  for (int64_t i = begin + lane; i < end; i += kLanes) {
     const double v = value(i);
     if (isfinite(v)) m2 += (v - pivot - mean) * (v - pivot - mean);
   }
-  m2 = warp_sum(m2);
+  m2 = team_reduce<kTeam>(m2, add);
   if (lane == 0) {
     out[g] = count;
     out[groups + g] = pivot + mean;
@@ -135,9 +153,13 @@ int whiten(const float* x, const uint8_t* mask, int64_t n, const double* statist
 int group_stats(const double* values, const int64_t* order, const int64_t* offsets, int64_t groups, double* out,
                 void* stream) {
   if (groups <= 0) return int(cudaSuccess);
-  const unsigned grid = unsigned((groups + kGroupWarps - 1) / kGroupWarps);
-  group_stats_kernel<<<grid, kGroupWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(values, order, offsets,
-                                                                                       groups, out);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (groups == 1) {  // the batch: 65,536 rewards are 64 rounds of 1,024 threads, three times
+    group_stats_kernel<kWholeWarps, kWholeWarps><<<1, kWholeWarps * 32, 0, queue>>>(values, order, offsets, 1, out);
+  } else {
+    const unsigned grid = unsigned((groups + kGroupWarps - 1) / kGroupWarps);
+    group_stats_kernel<kGroupWarps, 1><<<grid, kGroupWarps * 32, 0, queue>>>(values, order, offsets, groups, out);
+  }
   return int(cudaGetLastError());
 }
 

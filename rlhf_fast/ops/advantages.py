@@ -121,7 +121,8 @@ def group_advantages(
             baseline, scale = "none", "none" if scale == "none" else "batch"
         r = _weighted_sum(r, weights, groups, centred)
 
-    ranked = isinstance(baseline, str) and baseline in ("best_other", "pass_at_k")
+    by = baseline if isinstance(baseline, str) else "given"
+    ranked = by in ("best_other", "pass_at_k")
     if not ranked and r.is_cpu and plain(r, group_ids) and _backend.backend("cpu", "group_advantages") == "cpp":
         options = dict(scale=scale, ddof=ddof, eps=float(eps), drop_equal=zero_std == "mask")
         return _in_one_pass(r, group_size, group_ids, baseline, lengths, dtype, options)
@@ -129,7 +130,7 @@ def group_advantages(
     finite = torch.isfinite(r)
     stats = _scans.group_stats(r, groups.order, groups.offsets)
     count, mean, std = stats[0][groups.index], stats[1][groups.index], _std(stats, ddof)[groups.index]
-    batch = _scans.group_stats(r, None, _whole(r))[:, 0]
+    batch = _scans.group_stats(r, None, _whole(r))[:, 0] if "batch" in (scale, by) else None
     spread = std  # what scale "group" divides by
     b = baseline.detach().double() if isinstance(baseline, Tensor) else None
     valid = finite if b is None else finite & torch.isfinite(b)
@@ -139,7 +140,7 @@ def group_advantages(
     elif baseline == "pass_at_k":
         advantages, spread = _pass_at_k(r, finite, groups, count, k)
     else:
-        advantages = _subtract(r, baseline, finite, groups, count, mean, batch[1], lengths)
+        advantages = _subtract(r, baseline, finite, groups, count, mean, batch, lengths)
     advantages = advantages.where(valid, 0.0)
 
     if scale != "none":
@@ -251,14 +252,14 @@ def _subtract(
     groups: _Groups,
     count: Tensor,
     mean: Tensor,
-    batch_mean: Tensor,
+    batch: Tensor | None,  # (3,): statistics of the batch, for baseline "batch"
     lengths: Tensor | None,
 ) -> Tensor:
     """(B,) r minus its baseline. All but "none" and "batch" are exactly 0 where a group's rewards are equal."""
     if baseline == "none":
         return r
     if baseline == "batch":
-        return r - batch_mean
+        return r - batch[1]
     centred = (r - mean).where(finite, 0.0)
     if baseline == "mean":
         return centred
