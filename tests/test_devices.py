@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from rlhf_fast import (
     policy_loss,
 )
 from rlhf_fast.losses import PolicyLoss
+from rlhf_fast.ops import _shards
 
 N, D, V = 100, 32, 500
 
@@ -89,3 +92,16 @@ def test_two_gpus_in_one_process(dtype, device):
     assert torch.cuda.current_device() == 0
     if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_ranks_talk_on_the_gpu_of_the_call(device, monkeypatch):
+    """A group without a CPU side: on the tensors' GPU, not on the current one."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    lines = []
+    monkeypatch.setattr(_shards, "gather", lambda line, group: lines.append(line) or line[None])
+    group = SimpleNamespace(_device_types=[torch.device("cuda")])
+    mine = _shards.Agreement(rows=7)
+    for near in (torch.ones(1, device="cuda:1"), torch.ones(1, device="cuda:0"), None):
+        assert _shards.exchange(group, mine, near) == [mine]
+    assert [line.get_device() for line in lines] == [1, 0, 0]

@@ -82,7 +82,8 @@ def _shards(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     options = (call.tf, call.ignore_index, call.entropy, call.chunk_size, call.memory_budget, segments)
     options = (*options, lora_options(call.lora))
     gradients = 4 * call.want.lora_a + 2 * call.want.hidden + call.want.any
-    return Shards.agreed(call.group, Agreement.of(hidden, weight, bias, target, options, gradients))
+    mine = Agreement.of(hidden, weight, bias, target, options, gradients)
+    return Shards.agreed(call.group, mine, hidden)
 
 
 class _Chunk(NamedTuple):

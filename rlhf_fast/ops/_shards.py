@@ -98,26 +98,32 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def exchange(group: dist.ProcessGroup, mine: Agreement) -> list[Agreement]:
-    """Every rank's line, one small collective; over the CPU where the group has one, so that no GPU is waited for."""
-    on_cpu = any(device.type == "cpu" for device in group._device_types)
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+def exchange(group: dist.ProcessGroup, mine: Agreement, near: object) -> list[Agreement]:
+    """Every rank's line, one small collective: over the CPU where the group has one, so that no GPU is waited for,
+    otherwise on the GPU of `near`, which may be none when an argument was bad."""
+    if any(device.type == "cpu" for device in group._device_types):
+        device = torch.device("cpu")
+    elif isinstance(near, Tensor) and near.is_cuda:
+        device = near.device
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
     lines = gather(torch.tensor(mine, dtype=torch.int64, device=device), group)
     return [Agreement(*line) for line in lines.tolist()]
 
 
 class Joined:
-    """Around the checks of a call over `group` (None: of any call): an error raised on this rank reaches the others."""
+    """Around the checks of a call over `group` (None: of any call): an error raised on this rank reaches the others.
+    `near`: a tensor on the call's device."""
 
-    def __init__(self, group: dist.ProcessGroup | None):
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, near: object):
+        self.group, self.near = group, near
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None and self.group is not None and not torch.compiler.is_compiling():
-            exchange(self.group, Agreement())
+            exchange(self.group, Agreement(), self.near)
 
 
 class Shards:
@@ -131,9 +137,9 @@ class Shards:
         self.vocab, self.widest = sum(sizes), max(sizes)
 
     @classmethod
-    def agreed(cls, group_name: str, mine: Agreement) -> Shards:
+    def agreed(cls, group_name: str, mine: Agreement, near: Tensor) -> Shards:
         """Exchange sizes; raise on every rank if the ranks were given different things."""
-        lines = exchange(resolve(group_name), mine)
+        lines = exchange(resolve(group_name), mine, near)
         bad = [rank for rank, line in enumerate(lines) if not line.accepted]
         if bad:
             raise ValueError(f"rank {bad[0]} of the group got bad arguments; the error it raised says which")

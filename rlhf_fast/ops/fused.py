@@ -100,7 +100,7 @@ def fused_linear_loss(
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     group = None if group is None else as_group(group)
     name = None if group is None else group.group_name
-    with Joined(group):
+    with Joined(group, hidden):
         hidden, weight, bias = check_head(hidden, weight, bias, target, shard=group is not None)
         check_scoring(ignore_index, entropy)
         tf = check_transform(temperature, logit_scale, softcap)

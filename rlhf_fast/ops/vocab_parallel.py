@@ -77,7 +77,7 @@ def vocab_parallel_logprob(
         >>> dist.destroy_process_group()
     """
     group = as_group(group)
-    with Joined(group):
+    with Joined(group, hidden):
         hidden, weight, bias = check_head(hidden, weight_shard, bias, target, shard=True)
         tf = check_transform(temperature, logit_scale, softcap)
         chunk, budget = check_chunk(chunk_size, memory_budget)
@@ -115,7 +115,7 @@ def _vocab_parallel_logprob(
     """(logprob, entropy or empty, lse, row max, log-sum), each (N,), and the sizes of the shards (W,), on the CPU."""
     lora = None if lora_a is None else Lora(lora_a, lora_b, lora_scaling)
     options = (scale, softcap, inv_temperature, ignore_index, entropy, chunk_size, memory_budget, lora_options(lora))
-    shards = Shards.agreed(group, Agreement.of(hidden, weight, bias, target, options, gradients))
+    shards = Shards.agreed(group, Agreement.of(hidden, weight, bias, target, options, gradients), hidden)
     live = scored_rows(target, ignore_index, shards.vocab)
     n, dtype = target.shape[0], stat_dtype(hidden.dtype)
     count = n if live is None else live.shape[0]
