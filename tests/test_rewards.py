@@ -58,6 +58,13 @@ def test_weights_and_several_functions():
     assert Rewards([lengths, lengths]).names == ["lengths", "lengths_2"]
 
 
+def test_equal_sums_of_different_terms_are_equal():
+    terms = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1], [0.0, 0.7, -0.1]]
+    columns = [lambda completions, values=values: list(values) for values in zip(*terms, strict=True)]
+    totals = {tuple(Rewards(columns, [w] * 3)(["p"] * 4, ["c"] * 4).total.tolist()) for w in (1.0, 0.7, 1 / 3)}
+    assert all(len(set(total)) == 1 for total in totals), totals
+
+
 def test_none_leaves_the_row_to_the_others_and_nan_drops_it():
     a = lambda **_: [None, 1.0, None]  # noqa: E731
     b = lambda **_: [2.0, float("nan"), None]  # noqa: E731

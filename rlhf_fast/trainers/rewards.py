@@ -141,9 +141,10 @@ class Rewards:
         ]
         process = torch.tensor([any(isinstance(e, list) for e in column) for column in columns])
         applies = torch.tensor([[e is not None for e in column] for column in columns]).T
-        each = torch.tensor([[_mean(e) for e in column] for column in columns]).T
+        each = torch.tensor([[_mean(e) for e in column] for column in columns], dtype=torch.float64).T
+        # Added up in fp64: in fp32 equal sums of different terms differ, and a group's std would see it.
         weighted = torch.where(applies, each * self.weights, 0.0)
-        total, outcome = weighted.sum(1), weighted[:, ~process].sum(1)
+        total, outcome, each = weighted.sum(1).float(), weighted[:, ~process].sum(1).float(), each.float()
         usable = applies.any(1) & total.isfinite()
         steps = _steps(columns) if process.any() else None
         said = {k: float(v) for function in self.functions for k, v in getattr(function, "metrics", {}).items()}
