@@ -346,8 +346,9 @@ def test_shapes_are_parsed():
     for text in ("8,9,10", "cpu@x", "nobody"):
         with pytest.raises(ValueError, match="shape of gae must be BxT or one of"):
             cases.parse_shape(text, "gae")
-    with pytest.raises(ValueError, match="got 'nobody'"):
-        cases.shapes_for("gae", ["nobody"])
+    for op in ("gae", "grpo"):
+        with pytest.raises(ValueError, match=f"shape of {op} must be .* got 'nobody'"):
+            cases.shapes_for(op, ["nobody"])
 
 
 def test_the_longest_context_is_found_by_doubling_and_halving():

@@ -17,6 +17,7 @@ from test_sft import make_rows, tiny_model
 from typer.testing import CliRunner
 
 from rlhf_fast.cli import main
+from rlhf_fast.cli.demos import DEMOS
 
 
 def invoke(*args):
@@ -196,6 +197,12 @@ def test_demo_passes_its_options_on(tmp_path, monkeypatch):
     assert invoke("demo", "grpo", "--output", tmp_path, "--seed", "3").exit_code == 0
     assert invoke("demo").exit_code == 0
     assert seen == [(("grpo", tmp_path, 3), {}), (("grpo", None, 0), {})]
+
+
+def test_demo_help_lists_the_demos():
+    shown = invoke("demo", "--help").output
+    for name in (*DEMOS, "all"):
+        assert name in shown
 
 
 def test_version():

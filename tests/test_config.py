@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from rlhf_fast.trainers.config import load_config, make_config
+from rlhf_fast.trainers.config_keys import REFUSED, training_argument_types
 from rlhf_fast.trainers.sft_config import SFTConfig
 
 pytest.importorskip("yaml")
@@ -70,6 +74,8 @@ def test_overrides_win_and_are_typed_by_their_key(place):
         ("learning_rat: 1", r"run\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'\?"),
         ("perdevice_train_batch_size: 1", r"did you mean 'per_device_train_batch_size'"),
         ("zzzzqqqq: 1", r"unknown key 'zzzzqqqq'$"),
+        ("model: x", r"unknown key 'model'; did you mean 'model_name_or_path'\?$"),
+        ("use_vllm: true", r"unknown key 'use_vllm'$"),
         ("max_steps: many", r"run\.yaml: max_steps must be an integer, got 'many' \(str\)"),
         ("max_steps: 2.5", r"max_steps must be an integer, got 2\.5 \(float\)"),
         ("max_steps: true", r"max_steps must be an integer, got True \(bool\)"),
@@ -95,6 +101,18 @@ def test_errors_name_file_key_expected_and_got(place, text, message):
         load_config(place(text))
 
 
+def test_no_refused_key_is_suggested(place):
+    refused = [key for key in REFUSED if key in training_argument_types()]
+    assert "push_to_hub" in refused
+    for key in refused:
+        with pytest.raises(ValueError, match="unknown key") as caught:
+            load_config(place(f"{key}x: true"))
+        suggested = str(caught.value).partition("did you mean '")[2].partition("'")[0]
+        assert suggested not in REFUSED
+    with pytest.raises(ValueError, match="unknown key 'use_vllm'; did you mean 'sampler: server'"):
+        load_config(place("use_vllm: true", stage="grpo"))
+
+
 def test_stage(place):
     with pytest.raises(ValueError, match=r"stage must be one of .*sft.*, got 'sftt'; did you mean 'sft'"):
         load_config(place(stage="sftt"))
@@ -103,7 +121,7 @@ def test_stage(place):
     assert type(load_config(place(stage=None), ["stage=sft"])) is SFTConfig
 
 
-def test_paths_are_checked_before_anything_runs(place, tmp_path):
+def test_paths_are_checked_before_anything_runs(place, tmp_path, monkeypatch):
     cases = [
         (dict(model_name_or_path=tmp_path / "nowhere"), r"run\.yaml: model_name_or_path: no folder .*nowhere"),
         (dict(model_name_or_path="org/model"), r"no such model in the local Hugging Face cache"),
@@ -119,6 +137,11 @@ def test_paths_are_checked_before_anything_runs(place, tmp_path):
             load_config(place(**{name: None}))
     with pytest.raises(ValueError, match="output_dir must be a folder"):
         load_config(place(output_dir=tmp_path / "model" / "config.json"))
+    with pytest.raises(ValueError, match=r"output_dir must be a folder, got .*run, and .*config\.json is a file"):
+        load_config(place(output_dir=tmp_path / "model" / "config.json" / "run"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir: .*out/run cannot be written: no permission in "):
+        load_config(place(output_dir=tmp_path / "out" / "run"))
     with pytest.raises(FileNotFoundError, match=r"no configuration file .*gone\.yaml"):
         load_config(tmp_path / "gone.yaml")
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:template .* is no token of this 
 
 TALK = turns("s S / u U1 / a A1 / u U2")
 ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
-EXPECTED = {  # as the models' cards have them
+EXPECTED = {  # as the models' cards have them, and as LLaMA-Factory writes "default"
+    "default": "System: S</s>\nHuman: U1</s>\nAssistant:A1</s>\nHuman: U2</s>\nAssistant:",
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
     "<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n",
     "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST] A1 </s><s>[INST] U2 [/INST]",
@@ -74,10 +75,10 @@ def test_every_turn_can_be_scored_apart(name):
 
 
 def test_names():
-    for name in (None, "", "default", "empty", *FORMATS):
+    for name in (None, "", "empty", *FORMATS):
         check_name(name)
     with pytest.raises(
-        ValueError, match=r"unknown template 'qwenn'; did you mean 'qwen'\? Known: default, empty, chatml"
+        ValueError, match=r"unknown template 'qwenn'; did you mean 'qwen'\? Known: empty, default, chatml"
     ):
         check_name("qwenn")
     with pytest.raises(ValueError, match=r"unknown template 'xyzzy'\. Known"):
@@ -87,13 +88,15 @@ def test_names():
 def test_whose_template_wins(caplog):
     caplog.set_level(logging.INFO)
     own = "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
-    for name in (None, "default", "empty", "qwen", "chatml"):
+    for name in (None, "empty", "qwen", "chatml"):
         assert apply_template(word_tokenizer(template=own), name).chat_template == own
     assert "template qwen: the tokenizer's own chat template" in caplog.text
+    with pytest.warns(UserWarning, match="template 'default' replaces the tokenizer's own chat template"):
+        assert "Human: " in apply_template(word_tokenizer(template=own), "default").chat_template
     with pytest.warns(UserWarning, match="template 'alpaca' replaces the tokenizer's own chat template"):
         replaced = apply_template(word_tokenizer(template=own), "alpaca")
     assert "### Instruction:" in replaced.chat_template
-    for name in (None, "default", "empty"):
+    for name in (None, "empty"):
         assert apply_template(word_tokenizer(), name).chat_template is None
     with pytest.raises(ValueError, match="template 'glm4' must come with the tokenizer, and its chat template is None"):
         apply_template(word_tokenizer(), "glm4")

@@ -13,6 +13,7 @@ from grpo_cases import digits_sum, trainer  # noqa: E402
 
 from rlhf_fast.trainers.credit import credit, informative  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig  # noqa: E402
+from rlhf_fast.trainers.ppo_config import PPOConfig  # noqa: E402
 from rlhf_fast.trainers.refill import Batch  # noqa: E402
 from rlhf_fast.trainers.rewards import Rewards, Scores, Steps  # noqa: E402
 
@@ -222,9 +223,17 @@ def test_a_process_reward_in_a_run(tmp_path):
 
 def test_options_that_cannot_be_are_named():
     base = GRPOConfig(output_dir="x")
-    with pytest.raises(ValueError, match="estimator must be one of grpo, .* got 'gdpo'"):
+    with pytest.raises(ValueError, match="^advantage_estimator must be one of grpo, .* got 'gdpo'"):
         replace(base, advantage_estimator="gdpo")
-    with pytest.raises(ValueError, match="k must be an int >= 1 with baseline pass_at_k"):
+    with pytest.raises(ValueError, match="^pass_at_k must be an int >= 1 with advantage_baseline pass_at_k"):
         replace(base, advantage_estimator="pass_at_k_training")
-    with pytest.raises(ValueError, match="normalize_then_sum needs baseline mean"):
+    with pytest.raises(ValueError, match="^multi_objective_aggregation normalize_then_sum needs advantage_base"):
         replace(base, multi_objective_aggregation="normalize_then_sum", advantage_estimator="rloo")
+    with pytest.raises(ValueError, match="^epsilon_high must be >= 0, got -1"):
+        replace(base, epsilon_high=-1.0)
+    with pytest.raises(ValueError, match="^importance_correction_min must be < importance_correction_max=2"):
+        replace(base, importance_correction="token_mask", importance_correction_max=2.0, importance_correction_min=3.0)
+    with pytest.raises(ValueError, match="^rollout_server_url must begin with http:// or https://, got 'host:1'"):
+        replace(base, sampler="server", rollout_server_url="host:1")
+    with pytest.raises(ValueError, match="^epsilon_high must be >= 0, got -1"):
+        PPOConfig(output_dir="x", epsilon_high=-1.0)

@@ -137,8 +137,11 @@ def shapes_for(op: str, texts: Iterable[str]) -> list[Shape]:
     for text in texts:
         try:
             found.append(parse_shape(text, op))
-        except ValueError:
-            other = parse_shape(text, "logprob" if on_tokens(op) else "gae")
+        except ValueError as error:
+            try:
+                other = parse_shape(text, "logprob" if on_tokens(op) else "gae")
+            except ValueError:
+                raise error from None
             if on_tokens(op) and other.name != "custom":
                 found.append(TOKENS["4m"])
     return list(dict.fromkeys(found))

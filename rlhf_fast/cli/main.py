@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_fast.cli.demos import DEMOS
+
 app = typer.Typer(
     name="rlhf-fast",
     help="Fused kernels and thin trainers for reinforcement learning on language models.",
@@ -74,7 +76,7 @@ def plan(
 
 @app.command()
 def demo(
-    name: Annotated[str, typer.Argument(help="grpo, ... or all.")] = "grpo",
+    name: Annotated[str, typer.Argument(help=f"{', '.join(DEMOS)}, or all.")] = "grpo",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for what it leaves.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:

@@ -221,8 +221,11 @@ class RunConfig:
         output = Path(self.output_dir)
         if output.expanduser().resolve() == Path(self.model_name_or_path).expanduser().resolve():
             raise ValueError(f"output_dir is the folder of model_name_or_path, {output}: it would be overwritten")
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output_dir must be a folder, got the file {output}")
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"output_dir must be a folder, got {output}, and {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"output_dir: {output} cannot be written: no permission in {there}")
 
     def dataset_paths(self, key: str = "dataset") -> list[Path]:
         """The paths of `dataset` or `eval_dataset`: entries of dataset_info.json, or paths here or in `dataset_dir`."""
@@ -326,8 +329,11 @@ def _unknown(key: str, cls: type, stage: str, training_arguments: Mapping[str, A
     others = [s for s in STAGES if s != stage and key in _keys(config_class(s))]
     if others:
         return f"{key} is an option of stage {', '.join(others)}, not of {stage}"
-    accepted = training_arguments if cls.takes_training_arguments else {}
-    return f"unknown key {key!r}{nearest(str(key), [*_keys(cls), *accepted])}"
+    meant = config_keys.MEANT.get(str(key), "")
+    if meant:
+        return f"unknown key {key!r}" + (f"; did you mean {meant!r}?" if meant.partition(":")[0] in _keys(cls) else "")
+    accepted = set(training_arguments if cls.takes_training_arguments else ()) - set(config_keys.REFUSED)
+    return f"unknown key {key!r}{nearest(str(key), [*_keys(cls), *sorted(accepted)])}"
 
 
 def _keys(cls: type) -> set[str]:

@@ -163,6 +163,19 @@ FAMILIES = {
     "export_quantization_": "export_quantization_bit",
 }
 
+# What is meant by names that other projects have, and that are near to no key of ours.
+MEANT = {
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "use_vllm": "sampler: server",
+    "vllm_mode": "sampler: server",
+    "vllm_server_base_url": "rollout_server_url",
+}
+
 RENAMED = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}  # in every stage
 LOOP_KEYS: dict[str, tuple[Any, ...] | None] = {
     # TrainingArguments that ppo and grpo take, with the values that mean what their loop does; None: any

@@ -8,7 +8,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +115,16 @@ def names(value: str | Iterable[str] | None) -> list[str]:
     """The entries of a list, or of a text with commas."""
     parts = value.split(",") if isinstance(value, str) else value or []
     return [part.strip() for part in parts if part.strip()]
+
+
+@contextmanager
+def in_words_of(keys: Mapping[str, str]) -> Iterator[None]:
+    """A ValueError or TypeError from inside as a ValueError that calls arguments {argument: key} by their keys."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        pattern = rf"\b({'|'.join(map(re.escape, keys))})\b"
+        raise ValueError(re.sub(pattern, lambda match: keys[match[1]], str(error))) from None
 
 
 def first_line(error: BaseException) -> str:

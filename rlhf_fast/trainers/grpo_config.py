@@ -11,7 +11,28 @@ from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.registry import variant
 from rlhf_fast.ops.advantages import advantage_options, group_advantages
 from rlhf_fast.trainers.config import require
+from rlhf_fast.trainers.config_types import in_words_of
 from rlhf_fast.trainers.rl_config import RLConfig
+
+# The names of options in the functions that they are handed to, and here.
+ADVANTAGE_KEYS = {
+    "estimator": "advantage_estimator",
+    "scale": "scale_rewards",
+    "baseline": "advantage_baseline",
+    "combine": "multi_objective_aggregation",
+    "k": "pass_at_k",
+}
+LOSS_KEYS = {
+    "clip_low": "epsilon",
+    "clip_high": "epsilon_high",
+    "importance_level": "importance_sampling_level",
+    "top_entropy": "top_entropy_quantile",
+    "off_policy_threshold": "off_policy_mask_threshold",
+    "correction": "importance_correction",
+    "correction_min": "importance_correction_min",
+    "correction_max": "importance_correction_max",
+    "max_length": "max_completion_length",
+}
 
 
 @dataclass(kw_only=True)
@@ -106,7 +127,8 @@ class GRPOConfig(RLConfig):
 
     def advantage_options(self) -> dict[str, Any]:
         """Keywords of `group_advantages`."""
-        options = advantage_options(self.advantage_estimator)
+        with in_words_of(ADVANTAGE_KEYS):
+            options = advantage_options(self.advantage_estimator)
         given = {"scale": self.scale_rewards, "baseline": self.advantage_baseline, "k": self.pass_at_k}
         options |= {name: value for name, value in given.items() if value is not None and value != "greedy"}
         if self.multi_objective_aggregation == "normalize_then_sum":
@@ -124,7 +146,8 @@ class GRPOConfig(RLConfig):
             options["lengths"] = torch.ones(4)
         if "combine" in options:
             rewards = rewards[:, None].expand(4, 2)
-        group_advantages(rewards, group_size=2, **options)
+        with in_words_of(ADVANTAGE_KEYS):
+            group_advantages(rewards, group_size=2, **options)
 
     def policy_loss(self) -> PolicyLoss:
         """The loss that these options describe."""
@@ -147,4 +170,5 @@ class GRPOConfig(RLConfig):
             max_length=self.max_completion_length,
             params=self.loss_params or None,
         )
-        return PolicyLoss(self.loss_type, **{name: value for name, value in options.items() if value is not None})
+        with in_words_of(LOSS_KEYS):
+            return PolicyLoss(self.loss_type, **{name: value for name, value in options.items() if value is not None})

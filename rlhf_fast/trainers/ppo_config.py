@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from rlhf_fast.losses.policy import PolicyLoss
 from rlhf_fast.losses.registry import variant
 from rlhf_fast.trainers.config import find_model, require
-from rlhf_fast.trainers.config_types import names
+from rlhf_fast.trainers.config_types import in_words_of, names
 from rlhf_fast.trainers.controllers import AdaptiveKL, AnnealedKL, anneal
 from rlhf_fast.trainers.rl_config import RLConfig
 
@@ -155,4 +155,5 @@ class PPOConfig(RLConfig):
             entropy_coef=self.entropy_coef,
             max_length=self.max_completion_length,
         )
-        return PolicyLoss(self.loss_type, **{name: value for name, value in options.items() if value is not None})
+        with in_words_of({"clip_low": "epsilon", "clip_high": "epsilon_high", "max_length": "max_completion_length"}):
+            return PolicyLoss(self.loss_type, **{name: value for name, value in options.items() if value is not None})

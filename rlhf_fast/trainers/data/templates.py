@@ -1,7 +1,7 @@
 """LLaMA-Factory's `template:` names as chat templates (Jinja), for tokenizers that bring none.
 
 A tokenizer's own template wins when it is of the family that the name means; a name of another family replaces it.
-None, "default" and "empty" leave the tokenizer as it is: its own template, or plain text.
+None and "empty" leave the tokenizer as it is: its own template, or plain text.
 
 Turns are written with {content}, {bos} and {eos}; `fold` puts the system text into the first user turn.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from rlhf_fast.trainers.config_types import nearest
 
-PLAIN = ("default", "empty")
+PLAIN = ("empty",)
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +26,7 @@ class Format:
     """How a family writes its turns.
 
     Args:
-        marks: any of these in a tokenizer's own template shows that it is of this family.
+        marks: any of these in a tokenizer's own template shows that it is of this family; none: it never is.
         user, assistant, header: the turns, and what comes before an assistant's text. Without `user` the family is
             known by its marks only, and the tokenizer must bring the template.
         system: the system turn; or `fold`: {system} and {content} of the first user turn.
@@ -101,6 +101,13 @@ _ALPACA += "Write a response that appropriately completes the request."
 _ANGLE = dict(system=None, fold="{system}\n\n{content}", bos="{bos}")
 
 FORMATS = {
+    "default": Format(
+        (),
+        user="Human: {content}{eos}\n",
+        assistant="Assistant:{content}{eos}\n",
+        header="Assistant:",
+        system="System: {content}{eos}\n",
+    ),
     "chatml": _chatml(),
     "qwen": _chatml(_QWEN),
     "qwen2": _chatml(_HELPFUL),

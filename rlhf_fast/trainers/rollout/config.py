@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rlhf_fast.trainers.config import RunConfig, require
+from rlhf_fast.trainers.config_types import in_words_of
+from rlhf_fast.trainers.rollout.http_client import JSONClient, ServerOptions
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,15 @@ class RolloutConfig(RunConfig):
             if getattr(self, name) and self.sampler != "server":
                 raise ValueError(f"{name} goes with sampler: server, got sampler={self.sampler!r}")
 
+        if self.sampler == "server":
+            self.server_options()  # checks them
+
+    def server_options(self) -> ServerOptions:
+        """How the server is reached."""
+        keys = {name: f"rollout_server_{name}" for name in ("url", "model", "timeout", "attempts")}
+        with in_words_of(keys):
+            return ServerOptions(**{name: getattr(self, key) for name, key in keys.items()})
+
     @property
     def turn_length(self) -> int:
         """Tokens that are sampled at once, at most."""
@@ -67,15 +78,9 @@ class RolloutConfig(RunConfig):
         """Keywords of `make_sampler` beyond those that every sampler takes."""
         if self.sampler != "server":
             return {}
-        from rlhf_fast.trainers.rollout.http_client import JSONClient, ServerOptions
         from rlhf_fast.trainers.rollout.sync import DiskUpdate
 
-        options = ServerOptions(
-            self.rollout_server_url,
-            model=self.rollout_server_model,
-            timeout=self.rollout_server_timeout,
-            attempts=self.rollout_server_attempts,
-        )
+        options = self.server_options()
         if self.rollout_server_update_url is None:
             return {"options": options}
         folder = self.rollout_server_update_folder or Path(self.output_dir) / "server_weights"
