@@ -132,6 +132,25 @@ def test_tokens_of_no_sequence_are_refused(device):
     assert gae(torch.ones(0, device=device), torch.ones(0, device=device), cu_seqlens=none).returns.shape == (0,)
 
 
+def test_offsets_of_other_sequences(device):
+    """An error on the CPU; on a GPU, which nobody waits for, a loss that is NaN, and no access out of bounds."""
+    logprob = torch.randn(10, device=device, requires_grad=True)
+    old, scores = logprob.detach() + 0.01, torch.ones(3, device=device)  # nothing is clipped
+    call = lambda *cu, kind: policy_loss(  # noqa: E731
+        logprob, old, scores, kind=kind, cu_seqlens=torch.tensor(cu, device=device)
+    )[0]
+    for kind in ("grpo", "gspo", "dapo"):
+        assert call(0, 4, 4, 10, kind=kind).isfinite()
+        for cu in ((0, 4, 6, 9), (0, 4, 6, 10**9), (1, 4, 6, 10), (0, 7, 3, 10), (0, -5, 3, 10)):
+            if device.type == "cpu":
+                with pytest.raises(ValueError, match="cu_seqlens must"):
+                    call(*cu, kind=kind)
+            else:
+                loss = call(*cu, kind=kind)
+                assert loss.isnan()
+                assert torch.autograd.grad(loss, logprob)[0].isnan().any()
+
+
 def test_streams_and_graphs(gpu):
     """On the current stream, and the same bits when a graph replays it with other numbers in the same memory."""
     rewards, values, cu, mask, *_ = batch(LENGTHS["mixed"], gpu)
@@ -168,6 +187,8 @@ def test_nothing_waits_for_the_device(device):
         lambda: masked_whiten(rewards, mask),
         lambda: group_advantages(scores, group_ids=ids),
         lambda: policy_loss(logprob, rewards, values, mask=mask)[0].backward(),
+        lambda: policy_loss(logprob, rewards, values, mask=mask, cu_seqlens=cu, kind="grpo")[0].backward(),
+        lambda: policy_loss(logprob, rewards, scores, mask=mask, cu_seqlens=cu, kind="gspo")[0].backward(),
     ]
     for call in calls:
         call()  # compiles

@@ -52,7 +52,9 @@ def policy_loss(
         (sequence-level ratios too, where TRL averages over sequences), constants, never moved to the host.
     Raises: ValueError naming the tensor or option, what was expected and what came.
     Source: see `losses.variants` for each kind's paper and where TRL 1.16 and verl differ.
-    Notes: log-ratios are clamped to +-20 before exp. All-masked input: loss 0, zero gradients, finite metrics.
+    Notes: log-ratios are clamped to +-20 before exp. All-masked input: loss 0, zero gradients, finite metrics. The
+        numbers of a cu_seqlens on the GPU are not looked at (that would wait for the device): where they do not rise
+        from 0 to N the loss is NaN.
     Example:
         >>> logprob = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
         >>> loss, metrics = policy_loss(logprob, None, torch.tensor([1.0]), kind="grpo")

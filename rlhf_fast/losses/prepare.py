@@ -12,6 +12,7 @@ from rlhf_fast import _checks
 from rlhf_fast.losses.registry import unknown, variant
 from rlhf_fast.losses.segments import Segments
 from rlhf_fast.losses.weights import aggregation_factor, log_weight_share, masked_quantile, rollout_correction
+from rlhf_fast.ops._sequences import bounded
 from rlhf_fast.ops.kl import keep
 from rlhf_fast.ops.policy import spread_numbers
 
@@ -75,6 +76,8 @@ def prepare_batch(
     tokens = _count_tokens(n, mask, segments, device)
     factor = aggregation_factor(o.aggregation, tokens, segments, normalizer, o.max_length)
     factor = torch.as_tensor(factor, dtype=dtype, device=device)
+    if segments is not None and segments.bad is not None:
+        factor = factor.masked_fill(segments.bad, torch.nan)
     num_tokens = numbers.get("num_tokens", normalizer if o.aggregation == "token_mean" else None)
     num_tokens = tokens if num_tokens is None else num_tokens
     out: dict[str, Any] = {"inv_tokens": torch.as_tensor(1 / num_tokens, dtype=dtype, device=device)}
@@ -123,7 +126,15 @@ def _segments(
         return Segments(None, n // max(length, 1), None, length=length, mask=mask)
     if cu_seqlens is None:
         return None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        pass
+    elif cu_seqlens.is_cuda and device.type == "cuda":  # a look at the numbers would wait for the device
+        _checks.check_offsets("cu_seqlens", cu_seqlens)
+        if cu_seqlens.numel() == 1 and n:
+            raise ValueError(f"cu_seqlens must run from 0 to N={n}, got a single offset: no sequence")
+        offsets, bad = bounded(cu_seqlens.to(device=device, dtype=torch.int64), n)
+        return Segments(None, cu_seqlens.shape[0] - 1, None, offsets=offsets, mask=mask, bad=bad)
+    else:
         _checks.check_cu_seqlens("cu_seqlens", cu_seqlens, n)
     offsets = cu_seqlens.to(device=device, dtype=torch.int64).contiguous()
     return Segments(None, cu_seqlens.shape[0] - 1, None, offsets=offsets, mask=mask)

@@ -24,9 +24,11 @@ class Segments:
         offsets: Tensor | None = None,
         length: int | None = None,
         mask: Tensor | None = None,
+        bad: Tensor | None = None,
     ):
         self._ids, self.count, self.valid = ids, count, valid
         self.offsets, self.length, self.mask = offsets, length, mask
+        self.bad = bad  # () bool: the batch came with other offsets, which no one could use
         self._tokens: Tensor | None = None
 
     @classmethod
