@@ -14,7 +14,7 @@ from rlhf_fast.losses import policy_loss  # noqa: E402
 from rlhf_fast.losses.registry import policy_loss_kinds  # noqa: E402
 from rlhf_fast.trainers.beforehand import with_entropy_threshold  # noqa: E402
 from rlhf_fast.trainers.experience import IGNORE, MicroBatch, MiniBatch, as_plain, from_plain  # noqa: E402
-from rlhf_fast.trainers.grpo import PROPORTIONAL, GRPOConfig  # noqa: E402
+from rlhf_fast.trainers.grpo import PROPORTIONAL, GRPOConfig, _idle  # noqa: E402
 from rlhf_fast.trainers.models.policy import updating_mode  # noqa: E402
 
 BY_COVARIANCE = {"clip_cov", "kl_cov"}  # they select by the log-probabilities of before the update; see below
@@ -106,6 +106,19 @@ def test_through_the_trainer_equals_the_reference(setting, case):
     assert loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
     for (name, got), p in zip(it.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, p.grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["gspo", "grpo"])
+def test_a_micro_batch_with_nothing_to_train_on_has_no_extremes(tmp_path, kind):
+    it = trainer(tmp_path, loss_type=kind, num_iterations=2, learning_rate=0.0)
+    it.start()
+    experience = experience_of(it)
+    experience = experience._replace(logprob=tokens_of(tiny().eval(), experience)[0].detach() + 0.5)
+    minibatch = it.minibatches(experience)[0]
+    idle = _idle(minibatch.micros[0])
+    found = it.update(minibatch._replace(micros=[idle, *minibatch.micros, idle]), on_policy=False)
+    for name in ("ratio_max", "ratio_min"):
+        assert float(found[name]) == pytest.approx(0.60653, rel=1e-4), name
 
 
 def test_selected_tokens_are_counted_over_all_processes():

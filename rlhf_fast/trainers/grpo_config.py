@@ -58,7 +58,7 @@ class GRPOConfig(RLConfig):
     loss_type: str = "grpo"  # a registered policy loss
     loss_params: dict[str, float] = field(default_factory=dict)  # its own numbers, such as sapo's temperature_pos
     epsilon: float | None = None  # None: the loss's own
-    epsilon_high: float | None = None
+    epsilon_high: float | None = None  # None: epsilon where that is given (not for cispo's cap), else the loss's own
     delta: float | None = None  # bound of the unclipped ratio
     dual_clip: float | None = None
     entropy_coef: float = 0.0
