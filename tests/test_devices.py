@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,27 @@ def test_deterministic_mode_gives_the_same_bits(dtype, device):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # NaN differs from itself
+
+
+def test_compiled_with_cuda_graphs(device):
+    """A head op between pieces that become CUDA graphs: each replay sees its own numbers."""
+    if "FAKE_GPU" in os.environ:
+        pytest.skip("inductor would compile Triton for the simulated GPU")
+
+    def step(hidden, weight, target):
+        out = linear_logprob(hidden * 2, weight, target, entropy=True, chunk_size=48)
+        return (out.logprob * 0.5 + out.entropy).sum()
+
+    (_, weight, _), (target, *_) = _inputs(device, torch.float32)
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        hidden = torch.randn(N, D, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+        found = []
+        for fn in (compiled, step):
+            loss = fn(hidden, weight, target)
+            found.append([loss.detach().clone(), *(g.clone() for g in torch.autograd.grad(loss, (hidden, weight)))])
+        for ours, plain in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

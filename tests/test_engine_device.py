@@ -1,6 +1,6 @@
 """The engine on the device that is there: on a GPU cuBLAS products and Triton row passes, otherwise the CPU's.
 
-The other engine tests make their tensors on the CPU; these are the ones that a GPU visit adds to.
+The other engine tests make their tensors on the CPU; these are the ones that a run on a GPU adds to.
 """
 
 import pytest

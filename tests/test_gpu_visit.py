@@ -1,4 +1,4 @@
-"""The script of a GPU visit, rehearsed on the CPU: every stage runs, a broken row costs itself alone."""
+"""The script of a run on a GPU, rehearsed on the CPU: every stage runs, a broken row costs itself alone."""
 
 from __future__ import annotations
 

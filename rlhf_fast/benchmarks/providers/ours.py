@@ -56,7 +56,7 @@ def _epilogue(builder: Builder) -> Builder:
         inner = builder(case, x)
         with _environment("RLHF_FAST_HEAD", "epilogue"):
             if not _epilogue.applies(x.hidden, x.weight):
-                raise Unavailable("needs bf16 or fp16, rows of whole 16 bytes, and a GPU of sm_90 or later")
+                raise Unavailable("needs bf16 or fp16, rows of whole 16 bytes, and a GPU of sm_90 or sm_100")
 
         def step() -> dict[str, Tensor]:
             with _environment("RLHF_FAST_HEAD", "epilogue"):
