@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from data_parallel_checks import KINDS, LENGTHS, SHARES, Model, data, one_process
 from ranks import registry
+from snippets import DOCS, snippet
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from vocab_parallel_checks import raises
 
@@ -101,21 +101,21 @@ def split_sequences_with_losses_of_tokens(group):
 
 @check(4)
 def split_sequences_with_losses_of_sequences(group):
-    """A loss of whole sequences takes their sums over the ranks: every rank forms all of it, and owns a part of it."""
+    """A loss of whole sequences takes their sums over the ranks, by the lines in docs/training.md as they stand."""
     hidden, target, weight, mine, cu = split_sequences(group)
     owner = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
 
-    def run(part, over_ranks):
-        h, w = (x.clone().requires_grad_() for x in (hidden[part], weight))
-        logprob = linear_logprob(h, w, target[part]).logprob
-        sums = over_ranks(logprob.new_zeros(len(LENGTHS)).index_add(0, owner[part], logprob))
-        loss = torch.nn.functional.softplus(-(sums[::2] - sums[[1, 3, 1]])).sum()
-        return loss, h, w
+    def my_loss(sums):
+        return torch.nn.functional.softplus(-(sums[::2] - sums[[1, 3, 1]])).sum()
 
-    loss, h, w = run(mine, lambda sums: all_reduce(sums, group=group))
-    (loss / group.size()).backward()  # the backward of the sum adds up what all ranks say
+    h, w, all_h, all_w = (x.clone().requires_grad_() for x in (hidden[mine], weight, hidden, weight))
+    names = dict(hidden=h, weight=w, target=target[mine], sequence_of_token=owner[mine], sequences=len(LENGTHS))
+    names |= dict(my_loss=my_loss, group=group, linear_logprob=linear_logprob)
+    exec(snippet(DOCS / "training.md", "dist.all_reduce"), names)
+    loss = names["loss"]
     dist.all_reduce(w.grad, group=group)
-    whole, all_h, all_w = run(slice(None), lambda sums: sums)
+    logprob = linear_logprob(all_h, all_w, target).logprob
+    whole = my_loss(logprob.new_zeros(len(LENGTHS)).index_add(0, owner, logprob))
     whole.backward()
     for got, want in ((loss.detach(), whole.detach()), (h.grad, all_h.grad[mine]), (w.grad, all_w.grad)):
         torch.testing.assert_close(got, want)

@@ -285,6 +285,7 @@ class GRPOTrainer(RLTrainer):
             responses: the `Rollout` that `generate` gave, or completions as texts or token ids.
             scores: one number a completion; NaN drops it.
         """
+        self.check_open()
         if self.loop.log is None:
             self.start()
         batch = as_batch(queries, responses, scores, self.tokenizer, self.sampler.settings)

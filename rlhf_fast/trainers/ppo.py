@@ -61,7 +61,7 @@ class PPOTrainer(RLTrainer):
     Example:
         trainer = PPOTrainer(model, tokenizer, [{"prompt": "2+2="}], reward, PPOConfig(output_dir="out"))
         summary = trainer.train()
-    or step by step, with scores from wherever:
+    or step by step, with scores from wherever, on a trainer with `max_steps` in its config:
         responses = trainer.generate(queries)
         metrics = trainer.step(queries, responses, scores)
     """
@@ -178,6 +178,7 @@ class PPOTrainer(RLTrainer):
         Notes: learning rate and coefficients follow schedules over `max_steps` such steps. `finish()` saves the models.
         Raises: ValueError naming what does not fit.
         """
+        self.check_open()
         self.start()
         rollout = responses
         if not isinstance(responses, Rollout):

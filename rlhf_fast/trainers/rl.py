@@ -61,6 +61,7 @@ class RLTrainer(Evaluating):
 
     reference: Reference | None = None
     data: dict[str, int] | None = None  # what became of the rows, for the summary
+    finished = False
 
     def __init__(
         self,
@@ -317,12 +318,22 @@ class RLTrainer(Evaluating):
                 function.load_state_dict(own)
         self.reward_first, self.reward_last = state["reward"]
 
+    def check_open(self) -> None:
+        """Raise ValueError for a step after the run's end: its schedule is over and its files are closed."""
+        if self.finished:
+            raise ValueError(
+                "the run is finished, by train() or finish(), and takes no more steps: make another trainer, with "
+                "an output_dir of its own and max_steps for its schedule"
+            )
+
     def finish(self, **values: Any) -> dict[str, Any]:
         """The best model where it was asked for, the files, a last evaluation; returns what `summary.json` holds."""
         if self.reward_first is not None:
             values |= dict(reward_first=self.reward_first, reward_last=self.reward_last)
         values |= self.brakes.finish(self.loop) | ({"data": self.data} if self.data else {})
-        return self.loop.finish(self.evaluate if self.can_evaluate else None, **values)
+        summary = self.loop.finish(self.evaluate if self.can_evaluate else None, **values)
+        self.finished = True
+        return summary
 
 
 def make_rewards(functions: Any, weights: Sequence[float] | None, timeout: float | None) -> Rewards | None:
