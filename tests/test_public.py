@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -43,7 +44,14 @@ def test_every_op_has_its_oracle(name):
 @pytest.mark.parametrize("name", OPS)
 def test_docstrings_are_complete_and_their_examples_run(name):
     fn = getattr(rlhf_fast, name)
-    for part in ("Args:", "Returns:" if name != "entropy_from_logits" else "Args:", "Raises:", "Example:"):
+    for part in (
+        "Args:",
+        "Returns:" if name != "entropy_from_logits" else "Args:",
+        "Raises:",
+        "Source:",
+        "Notes:",
+        "Example:",
+    ):
         assert part in fn.__doc__, f"{name} has no {part}"
     torch.manual_seed(0)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -60,6 +68,20 @@ def test_annotations_on_public_functions(name):
     assert signature.return_annotation is not inspect.Signature.empty
     missing = [p for p, q in signature.parameters.items() if q.annotation is inspect.Parameter.empty]
     assert not missing, f"{name}: {missing}"
+
+
+@pytest.mark.parametrize(
+    "module", ["losses.variants", *(f"reference.{m.name}" for m in pkgutil.iter_modules(reference.__path__))]
+)
+def test_annotations_of_formulas(module):
+    """Of every public function there: these are what people read, and write their own after."""
+    module = importlib.import_module(f"rlhf_fast.{module}")
+    here = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+    functions = [f for f in here if not f.__name__.startswith("_")]
+    assert functions
+    for function in functions:
+        untyped = {*inspect.signature(function).parameters, "return"} - set(function.__annotations__)
+        assert not untyped, f"{function.__name__}: {untyped}"
 
 
 SOURCE = Path(rlhf_fast.__file__).parent

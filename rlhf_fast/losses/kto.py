@@ -194,6 +194,7 @@ def kto_loss(
     Raises: ValueError naming the tensor, expected and got.
     Source: Ethayarajh et al. 2024, eq. 7 and 8 (the loss is lambda_y - v, here without the constant: w_i (1 - sigmoid),
         as TRL 1.16 has it); D'Oosterlinck et al. 2024 for apo_zero_unpaired.
+    Notes: computed in fp32 (fp64); memory of a few (B,). All masked: loss and gradients 0, metrics finite.
     Example:
         >>> logprob = torch.tensor([-3.0, -4.0], requires_grad=True)
         >>> loss, _ = kto_loss(logprob, torch.tensor([-3.5, -3.5]), torch.tensor([True, False]), kl=0.1)

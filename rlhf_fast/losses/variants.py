@@ -6,7 +6,8 @@ Each docstring gives the source, and where TRL 1.16 ("TRL") or verl do otherwise
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def clip_indicators(x: PolicyTerms, low: float, high: float) -> Indicators:
 
 
 @register_policy_loss("ppo", fused=True, aggregation="token_mean", clip_low=0.2)
-def ppo(x: PolicyTerms, o: PolicyLoss):
+def ppo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """PPO (Schulman et al. 2017, eq. 7), a mean over tokens; dual clip after Ye et al. 2019, eq. 5.
 
     verl's default has dual_clip=3.0; here it is off until asked for.
@@ -57,25 +58,25 @@ def ppo(x: PolicyTerms, o: PolicyLoss):
 
 
 @register_policy_loss("grpo", fused=True, aggregation="seq_mean_token_mean", clip_low=0.2)
-def grpo(x: PolicyTerms, o: PolicyLoss):
+def grpo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """GRPO (Shao et al. 2024, eq. 3): each sequence's token mean, then the mean over sequences."""
     return clipped(x, o)
 
 
 @register_policy_loss("dapo", fused=True, aggregation="token_mean", clip_low=0.2, clip_high=0.28)
-def dapo(x: PolicyTerms, o: PolicyLoss):
+def dapo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """DAPO (Yu et al. 2025, eq. 8): token mean and a higher upper clip, 0.28 (TRL: 0.2 unless it is set)."""
     return clipped(x, o)
 
 
 @register_policy_loss("dr_grpo", fused=True, aggregation="fixed_length", clip_low=0.2)
-def dr_grpo(x: PolicyTerms, o: PolicyLoss):
+def dr_grpo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """Dr. GRPO (Liu et al. 2025): token sums over sequences x max_length (verl: over the padded length alone)."""
     return clipped(x, o)
 
 
 @register_policy_loss("bnpo", fused=True, aggregation="token_mean", clip_low=0.2)
-def bnpo(x: PolicyTerms, o: PolicyLoss):
+def bnpo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """Mean over the tokens of the local batch, TRL's "bnpo": the formula of "ppo" without an outer normalizer."""
     return clipped(x, o)
 
@@ -88,7 +89,7 @@ def bnpo(x: PolicyTerms, o: PolicyLoss):
     clip_low=3e-4,
     clip_high=4e-4,
 )
-def gspo(x: PolicyTerms, o: PolicyLoss):
+def gspo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """GSPO (Zheng et al. 2025, eq. 5 and 7): one ratio per sequence, the geometric mean of its tokens'.
 
     The gradient runs through the mean, as in TRL; importance_level="sequence_token" is GSPO-token (eq. 13), verl's
@@ -105,7 +106,7 @@ def gspo(x: PolicyTerms, o: PolicyLoss):
     clip_low=2e-3,
     clip_high=2.5e-3,
 )
-def luspo(x: PolicyTerms, o: PolicyLoss):
+def luspo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """LUSPO (2026, arXiv 2602.05261): GSPO with each sequence's loss times its length. Clips of its section 5.1.
 
     The KL is summed over counted tokens, as in TRL; Liger 0.8.5 averages it over the padded width, masked tokens too.
@@ -126,13 +127,13 @@ def _either(condition: Tensor, yes: float, no: float, x: PolicyTerms) -> Tensor:
 
 
 @register_policy_loss("reinforce", form=_vanilla, aggregation="seq_mean_token_sum")
-def reinforce(x: PolicyTerms, o: PolicyLoss):
+def reinforce(x: PolicyTerms, o: PolicyLoss) -> Tensor:
     """REINFORCE (Williams 1992): -A logprob, summed over a sequence, mean over sequences. No ratio."""
     return -x.advantages * x.logprob
 
 
 @register_policy_loss("gpg", form=_vanilla, aggregation="token_mean")
-def gpg(x: PolicyTerms, o: PolicyLoss):
+def gpg(x: PolicyTerms, o: PolicyLoss) -> Tensor:
     """GPG (Chu et al. 2025, eq. 5), as in verl: -A logprob, mean over tokens. No ratio, no clip."""
     return -x.advantages * x.logprob
 
@@ -144,7 +145,7 @@ def gpg(x: PolicyTerms, o: PolicyLoss):
     clip_high=5.0,
     params={"ratio_min": 0.0},
 )
-def cispo(x: PolicyTerms, o: PolicyLoss):
+def cispo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """CISPO (MiniMax-M1 2025, eq. 4): -sg(clip(r, ratio_min, clip_high)) A logprob. Every token keeps a gradient.
 
     `clip_high` is the cap itself, not an offset from 1 (as in TRL; 5.0 after ScaleRL). No lower bound, as the paper and
@@ -161,7 +162,7 @@ def cispo(x: PolicyTerms, o: PolicyLoss):
     aggregation="seq_mean_token_mean",
     params={"temperature_pos": 1.0, "temperature_neg": 1.05},
 )
-def sapo(x: PolicyTerms, o: PolicyLoss):
+def sapo(x: PolicyTerms, o: PolicyLoss) -> Tensor:
     """SAPO (2025, arXiv 2511.20347): -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (0 counts as negative)."""
     tau = _either(x.advantages > 0, o.params["temperature_pos"], o.params["temperature_neg"], x)
     return -(4 / tau) * torch.sigmoid(tau * (x.ratio - 1)) * x.advantages
@@ -174,7 +175,7 @@ def sapo(x: PolicyTerms, o: PolicyLoss):
     absorbs_correction=True,
     params={"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
 )
-def vespo(x: PolicyTerms, o: PolicyLoss):
+def vespo(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """VESPO (2026, arXiv 2602.10693): -sg(phi(w)) A logprob, phi(w) = w^k exp(lambda (1 - w)), w the sequence's ratio.
 
     w is the product of the token ratios, log w clamped to [log 1e-8, 20]. A rollout correction multiplies w. As TRL.
@@ -198,7 +199,7 @@ def vespo(x: PolicyTerms, o: PolicyLoss):
     clip_low=0.4,
     clip_high=0.4,
 )
-def geo_mean(x: PolicyTerms, o: PolicyLoss):
+def geo_mean(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """GMPO (Zhao et al. 2025, eq. 4): the ratio of a sequence is the geometric mean of clipped token ratios.
 
     Clips are offsets of the log-ratio, exp(-0.4) to exp(0.4) as the paper recommends; A is the sequence's mean.
@@ -217,7 +218,14 @@ def geo_mean(x: PolicyTerms, o: PolicyLoss):
 # ---- selections by covariance ------------------------------------------------------------------------------
 
 
-def _clip_cov_weights(o: PolicyLoss, batch, advantages, logprob, old_logprob, valid) -> dict[str, Tensor]:
+def _clip_cov_weights(
+    o: PolicyLoss,
+    batch: Mapping[str, Any],
+    advantages: Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    valid: Tensor,
+) -> dict[str, Tensor]:
     """Tokens to cut: `fraction` of all, drawn among unclipped ones whose covariance lies within the bounds."""
     ratio = torch.ones_like(logprob)
     if old_logprob is not None:
@@ -231,7 +239,14 @@ def _clip_cov_weights(o: PolicyLoss, batch, advantages, logprob, old_logprob, va
     return {"policy_weight": (~cut).to(logprob.dtype), "metric/cov_fraction": _fraction(cut, valid)}
 
 
-def _kl_cov_weights(o: PolicyLoss, batch, advantages, logprob, old_logprob, valid) -> dict[str, Tensor]:
+def _kl_cov_weights(
+    o: PolicyLoss,
+    batch: Mapping[str, Any],
+    advantages: Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    valid: Tensor,
+) -> dict[str, Tensor]:
     """Tokens to hold: the `fraction` of the largest covariance."""
     count = (valid.double().sum() * o.params["fraction"]).floor().clamp(min=1)
     held = largest(covariance(advantages, logprob, valid), valid != 0, count)
@@ -250,7 +265,7 @@ def _fraction(selected: Tensor, valid: Tensor) -> Tensor:
     clip_low=0.2,
     params={"fraction": 2e-4, "cov_low": 1.0, "cov_high": 5.0},
 )
-def clip_cov(x: PolicyTerms, o: PolicyLoss):
+def clip_cov(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """Clip-Cov (Cui et al. 2025, eq. 10-11): PPO whose gradient is cut at random tokens of high covariance.
 
     Numbers as in verl. The draw is over the batch given to `prepare`, in the trainers a micro-batch, as in verl: the
@@ -266,7 +281,7 @@ def clip_cov(x: PolicyTerms, o: PolicyLoss):
     aggregation="token_mean",
     params={"fraction": 2e-4, "coef": 1.0},
 )
-def kl_cov(x: PolicyTerms, o: PolicyLoss):
+def kl_cov(x: PolicyTerms, o: PolicyLoss) -> Tensor:
     """KL-Cov (Cui et al. 2025, eq. 12-13): -r A, plus coef |log r| at the tokens of highest covariance. As verl.
 
     They are chosen within the batch given to `prepare`, in the trainers a micro-batch: the layout changes the result.
@@ -304,7 +319,7 @@ def _two_policies(x: PolicyTerms) -> tuple[Tensor, Tensor]:
     clip_low=0.2,
     params={"ratio_max": 20.0},
 )
-def dppo_tv(x: PolicyTerms, o: PolicyLoss):
+def dppo_tv(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """DPPO (2026, arXiv 2602.04879) by total variation of the sampled token against the rest, |p - p_old|. As verl.
 
     The clips bound a divergence and not a ratio: rare tokens move freely, likely ones do not.
@@ -314,7 +329,7 @@ def dppo_tv(x: PolicyTerms, o: PolicyLoss):
 
 
 @register_policy_loss("dppo_kl", aggregation="token_mean", clip_low=0.2, params={"ratio_max": 20.0})
-def dppo_kl(x: PolicyTerms, o: PolicyLoss):
+def dppo_kl(x: PolicyTerms, o: PolicyLoss) -> tuple[Tensor, Indicators]:
     """DPPO by KL(old || new) of the sampled token against the rest, the rest's shares + 1e-8. As verl."""
     now, old = _two_policies(x)
     rest, old_rest = -torch.expm1(now), -torch.expm1(old)
@@ -328,7 +343,7 @@ def dppo_kl(x: PolicyTerms, o: PolicyLoss):
     aggregation="token_mean",
     params={"dro_beta": 0.1},
 )
-def dro(x: PolicyTerms, o: PolicyLoss):
+def dro(x: PolicyTerms, o: PolicyLoss) -> Tensor:
     """DRO (Richemond et al. 2024, arXiv 2405.19107): -(A logprob - dro_beta / 2 (log r)^2). No ratio, no clip. As verl,
     where dro_beta has no default."""
     return -x.advantages * x.logprob + 0.5 * o.params["dro_beta"] * x.token_log_ratio.square()

@@ -42,6 +42,8 @@ def advantage_options(name: str) -> dict[str, object]:
         name: one of these.
     Returns: a dict of keyword arguments.
     Raises: ValueError naming the known ones.
+    Source: the papers above, each its own.
+    Notes: the dict is the caller's to change; what it leaves out is `group_advantages`' default.
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 0.0]), group_size=3, **advantage_options("rloo")).advantages
         tensor([ 1.0000, -0.5000, -0.5000])

@@ -39,8 +39,11 @@ def logprob_from_logits(
         the others of logits' leading shape. All differentiable; the gradient has the logits' dtype.
     Raises: ValueError naming the tensor, expected and actual shape, dtype or device; naming row and value of a target
         outside [0, V).
-    Notes: ignored rows are not read (NaN there does no harm) and give 0. Rows holding -inf are fine as long as one
-        logit is finite. Second derivatives raise.
+    Source: the definition, with the maximum taken out as it is read: Milakov & Gimelshein 2018, "Online normalizer
+        calculation for softmax", algorithm 3.
+    Notes: statistics in fp32 (fp64); the backward writes the logits' gradient and nothing else of their size. Ignored
+        rows are not read (NaN there does no harm) and give 0. Rows holding -inf are fine as long as one logit is
+        finite. Second derivatives raise.
     Example:
         >>> logits = torch.randn(2, 3, 11)
         >>> logprob_from_logits(logits, torch.zeros(2, 3, dtype=torch.long), temperature=0.7).logprob.shape
@@ -72,6 +75,8 @@ def entropy_from_logits(
 
     Args: as in `logprob_from_logits`. Differentiable.
     Raises: ValueError naming the tensor, expected and actual shape or dtype.
+    Source: Shannon 1948.
+    Notes: statistics, memory and rows holding -inf as in `logprob_from_logits`; 0 log 0 is 0.
     Example:
         >>> entropy_from_logits(torch.zeros(2, 4))
         tensor([1.3863, 1.3863])

@@ -90,6 +90,8 @@ def discounted_returns(
     Args: as in `gae`. bootstrap is G after the last token that counts.
     Returns: the shape of rewards, fp32 (fp64 for fp64 rewards). Constant.
     Raises: ValueError naming the tensor, what was expected and what came.
+    Source: Sutton & Barto 2018, eq. 3.9.
+    Notes: accumulation, and what stands under the mask, as in `gae`; all masked: 0.
     Example:
         >>> discounted_returns(torch.tensor([[0.0, 0.0, 4.0]]), gamma=0.5)
         tensor([[1., 2., 4.]])

@@ -5,6 +5,9 @@ Notation: z raw logits, s = softcap(z * logit_scale) / temperature, p = softmax(
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,7 +79,17 @@ def linear_logprob(
     return TokenLogProb(*out, log_sum_sq, s.mean(-1).masked_fill(~scored, 0), (s.argmax(-1) == target) & scored)
 
 
-def fused_linear_loss(hidden, weight, target, loss_fn, *, batch=None, segments=None, entropy=False, **head):
+def fused_linear_loss(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    loss_fn: Callable[..., Any],
+    *,
+    batch: Mapping[str, Any] | None = None,
+    segments: Tensor | None = None,  # (S + 1,)
+    entropy: bool = False,
+    **head: Any,
+) -> FusedLoss:
     """`loss_fn` over all scored rows at once, differentiated by autograd. Same contract as the fused op."""
     n = target.numel()
     ignore_index = head.get("ignore_index", -100)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def policy_loss(
     rollout_logprob: Tensor | None = None,
     importance_weight: Tensor | None = None,
     noise: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss () and metrics of `rlhf_fast.policy_loss`, whose docstring defines the arguments; any dtype, any kind.
 

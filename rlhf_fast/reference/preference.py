@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 
-def sequence_logprob(logprob: Tensor, *, mask: Tensor | None = None, other: int = 0, ld_alpha: float | None = None):
+def sequence_logprob(
+    logprob: Tensor, *, mask: Tensor | None = None, other: int = 0, ld_alpha: float | None = None
+) -> Tensor:
     """Log-probability () of one response from its tokens (T,).
 
     With ld_alpha (LD-DPO, Liu et al. 2024, eq. 9): tokens past the length of the `other` response of the pair weigh
@@ -138,7 +141,7 @@ def preference_loss(
     pair_weight: Tensor | None = None,
     normalizer: float | None = None,
     chosen_tokens: float | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss () and metrics of `rlhf_fast.preference_loss`, whose docstring defines the arguments; any dtype."""
     if not isinstance(kind, dict):
