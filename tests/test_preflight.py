@@ -23,6 +23,7 @@ def both(run, monkeypatch):
     def no_model(*args, **kwargs):
         raise ModelIsLoaded
 
+    monkeypatch.chdir(run.folder)
     monkeypatch.setattr(rl, "load_model", no_model)
     monkeypatch.setattr(rl, "load_rewards", no_model)
     monkeypatch.setattr(stage, "load_data", lambda *args, **kwargs: pytest.fail("the data was read"))
@@ -40,6 +41,11 @@ def both(run, monkeypatch):
         (["reward_funcs=nope:f"], ["reward function 'nope:f'", "no module 'nope'"]),
         (["eval_reward_funcs=nope:f"], ["reward function 'nope:f'"]),
         (["reward_funcs=[]"], ["reward_model or reward_funcs is required"]),
+        (
+            ["reward_model=model", "reward_model_type=lora"],
+            ["reward_model_type is lora, but model holds a whole model"],
+        ),
+        (["reward_model=gone"], ["reward_model: no folder gone"]),
         (["reward_weights=[1.0, 2.0]"], ["reward_weights must hold 1 numbers"]),
         (["environment=math:nothing"], ["error: environment 'math:nothing': math has no 'nothing'"]),
         (["perplexity_dataset=gone.jsonl"], ["perplexity_dataset: no file or folder gone.jsonl"]),

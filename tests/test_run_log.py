@@ -219,6 +219,12 @@ def test_draw_curves_without_a_finite_value(tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_called_by_its_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"^output_dir: .*file/run cannot be made: Not a directory"):
+        RunLog(tmp_path / "file" / "run")
+
+
 def run_python(code):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return out.stdout.split()

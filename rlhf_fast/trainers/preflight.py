@@ -15,6 +15,7 @@ from rlhf_fast.trainers.callbacks import check_trackers
 from rlhf_fast.trainers.checkpoint import resume_path
 from rlhf_fast.trainers.config import RunConfig
 from rlhf_fast.trainers.config_types import names, nearest
+from rlhf_fast.trainers.reward_ensemble import check_kind
 from rlhf_fast.trainers.rewards import RewardFunction, Rewards
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rollout.turns import load_environment
@@ -54,6 +55,8 @@ def check_names(config: RunConfig) -> None:
 
 def reward_functions(config: RLConfig) -> tuple[list[RewardFunction], list[RewardFunction]]:
     """The Python functions that score rollouts, and those that score evaluations beside them, each one loaded."""
+    for folder in names(config.reward_model):
+        check_kind(folder, config.reward_model_type)
     models = [_reward_model] * bool(names(config.reward_model))  # they are one function, whose model is not loaded here
     scoring = Rewards([*models, *_specs(config.reward_funcs)], config.reward_weights)
     measured = _specs(config.eval_reward_funcs)

@@ -148,7 +148,7 @@ def load_rewards(config: RLConfig, tokenizer: Any = None) -> list[RewardFunction
     functions = [load_function(spec) for spec in names(config.reward_funcs)]
     folders = names(config.reward_model)
     for folder in folders:
-        _check_kind(folder, config.reward_model_type)
+        check_kind(folder, config.reward_model_type)
     dtype = DTYPES["bfloat16" if config.bf16 or config.pure_bf16 else config.dtype or "float32"]
     members = []
     for folder in folders:
@@ -169,7 +169,8 @@ def load_rewards(config: RLConfig, tokenizer: Any = None) -> list[RewardFunction
     return [ensemble, *functions]
 
 
-def _check_kind(folder: str, kind: str | None) -> None:
+def check_kind(folder: str, kind: str | None) -> None:
+    """Raise ValueError where a folder of `reward_model` does not hold what `reward_model_type` says."""
     found = "lora" if is_adapter(find_model("reward_model", folder)) else "full"
     if kind not in (None, found):
         raise ValueError(

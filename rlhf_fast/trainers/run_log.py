@@ -146,7 +146,10 @@ class RunLog:
         self._csv: TextIO | None = None
         if not self.main:
             return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"output_dir: {self.output_dir} cannot be made: {error.strerror}") from error
         if resume_step is None:
             (self.output_dir / SUMMARY_NAME).unlink(missing_ok=True)
             (self.output_dir / CURVES_NAME).unlink(missing_ok=True)
