@@ -1,5 +1,6 @@
 """The CUDA sources compile for sm_80, sm_90 and PTX, without spills. No GPU is needed; what the kernels compute is
-tested through the C++ emulation of their order of work (test_value.py) and on a GPU by the same test files."""
+tested through the C++ emulation of their order of work (test_value.py), for group statistics by the kernel's own text
+on threads of the host, and on a GPU by the same test files."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
@@ -57,6 +60,49 @@ def test_compiles_without_spills(source, tmp_path):
         assert use["spill"] == 0, (name, arch)
         assert 0 < use["registers"] <= MAX_REGISTERS, (name, arch)
         assert use["shared"] <= 48 * 1024, (name, arch)
+
+
+@pytest.fixture(scope="module")
+def group_stats(tmp_path_factory) -> Path:
+    """The kernel of group statistics as a program whose threads are the host's."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("threads")
+    source = (SOURCES[0].parent / "moments.cu").read_text()
+    kernel = re.search(r"template <int kTeam, typename Join>.*?(?=^}  // namespace$)", source, re.DOTALL | re.MULTILINE)
+    (folder / "kernel.inc").write_text(kernel.group())
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-pthread",
+        f"-I{folder}",
+        str(Path(__file__).parent / "cuda_on_threads.cpp"),
+    ]
+    subprocess.run([*command, "-o", str(folder / "program")], check=True)
+    return folder / "program"
+
+
+@pytest.mark.parametrize("sizes", [[5000], [5], [0], [8, 0, 1, 33, 300, 7, 64, 2]], ids=str)
+def test_group_statistics_on_threads_of_the_host(group_stats, sizes):
+    """One group by a whole block, several by a warp each: as fp64 torch has them, equal rewards exactly."""
+    g = torch.Generator().manual_seed(0)
+    values = 1000 + torch.randn(sum(sizes), generator=g, dtype=torch.float64)
+    values[1::7] = torch.nan
+    offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    for rewards in (values, torch.full_like(values, 0.1)):
+        lines = [len(rewards), *rewards.tolist(), len(offsets), *offsets]
+        words = "\n".join(map(repr, lines))
+        done = subprocess.run([str(group_stats)], input=words, capture_output=True, text=True, check=True, timeout=120)
+        count, mean, m2 = torch.tensor([float(x) for x in done.stdout.split()], dtype=torch.float64).view(3, -1)
+        for i, (begin, end) in enumerate(pairwise(offsets)):
+            finite = rewards[begin:end]
+            finite = finite[finite.isfinite()]
+            centre = finite.mean() if len(finite) else torch.zeros((), dtype=torch.float64)
+            assert count[i] == len(finite)
+            torch.testing.assert_close(mean[i], centre, rtol=1e-14, atol=0)
+            torch.testing.assert_close(m2[i], (finite - centre).square().sum(), rtol=1e-9, atol=1e-9)
+            assert m2[i] == 0 or rewards is values
 
 
 def configure(folder: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -26,7 +26,7 @@ TESTS = {
     "epilogue": ["test_epilogue.py", "-k", "fused or against_fp64 or copied"],
     "scans": ["test_scans_device.py", "-rs"],
     "policy": ["test_policy_op.py"],
-    "devices": ["test_devices.py"],
+    "devices": ["test_devices.py", "-k", "two or ranks"],
 }
 TRAINERS = """
 import tempfile
