@@ -71,7 +71,14 @@ def test_names_and_the_checkpoint(both, kind, overrides, words):
     both(kind, [ROWS[kind]] * 4, *overrides, words=words)
 
 
-def test_sizes_that_do_not_divide(both, run):
+def test_what_only_the_dry_run_asks_early(run):
+    (run.folder / "texts.jsonl").write_text('{"text": 3}')
+    texts = f"perplexity_dataset={run.folder}/texts.jsonl"
+    refused(run("ppo", [ROWS["ppo"]] * 4, texts, "--dry-run"), "texts.jsonl, line 1: ")
+    refused(
+        run("sft", [ROWS["sft"]], "load_best_model_at_end=true", "--dry-run"),
+        "load_best_model_at_end goes by evaluations",
+    )
     refused(run("grpo", [ROWS["grpo"]] * 4, "per_device_train_batch_size=3", "--dry-run"), "must be a multiple of")
 
 
@@ -121,5 +128,8 @@ def test_every_other_column_is_handed_over(tmp_path):
         return [float(i) for i in range(len(completions))]
 
     rows = [{"prompt": f"{i}>", "completion": "1", "answer": "2", "level": i} for i in range(4)]
-    GRPOTrainer(tiny(), make_tokenizer(), rows, reward, config(tmp_path, max_steps=1)).train()
+    del rows[2]["level"]
+    it = GRPOTrainer(tiny(), make_tokenizer(), rows, reward, config(tmp_path, max_steps=1))
+    it.train()
     assert set(seen) == {"prompts", "prompt_ids", "completion_ids", "finish_reasons", "answer", "level"}
+    assert seen["level"] == [None if text == "2>" else int(text[0]) for text in seen["prompts"]]

@@ -90,13 +90,14 @@ def _prompts(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What the prompts of PPO and GRPO hold."""
     from rlhf_fast.trainers.data.dataset_info import load_rows
     from rlhf_fast.trainers.data.tokenize import tokenize_prompts
-    from rlhf_fast.trainers.rl_data import check_columns_of
+    from rlhf_fast.trainers.rl_data import check_columns_of, make_perplexity
 
     limits = dict(max_length=config.prompt_length, overlong_prompt=config.overlong_prompt)
     keys = [("train", "dataset"), ("evaluation", "eval_dataset")]
     wanted = [(name, key) for name, key in keys if getattr(config, key)]
     found = {name: tokenize_prompts(load_rows(config, key), tokenizer, **limits) for name, key in wanted}
     check_columns_of(config, *(found[name][0] if name in found else None for name, _ in keys))
+    make_perplexity(config, tokenizer, sys.maxsize)  # its rows can be read; ids are compared once there is a model
     return {name: stats for name, (_, stats) in found.items()}
 
 

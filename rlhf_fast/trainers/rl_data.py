@@ -65,7 +65,7 @@ def check_columns(prompts: Sequence[Prompt] | None, functions: Iterable[RewardFu
             if column not in prompt.columns:
                 raise ValueError(
                     f"{prompt.where}: no column {column!r}, which the reward function {name_of(function)!r} needs; "
-                    f"the row has {', '.join(prompt.columns) or 'none'}"
+                    f"the row has {', '.join(prompt.columns) or 'none'} (null is a value; a default makes it optional)"
                 )
 
 
