@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +22,24 @@ from stage_cases import (
     run_options,
     tiny_config,
 )
+from test_data import CHAT_TEMPLATE, ids_of, marked, word_tokenizer
+from test_data_chat import turns
 from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
 
 from rlhf_fast.cli.demos.task import make_tokenizer
 from rlhf_fast.trainers.data.collators import PairCollator
+from rlhf_fast.trainers.data.pairs import tokenize_pairs
+from rlhf_fast.trainers.data.readers import Rows
+from rlhf_fast.trainers.data.tokenize import tokenize_prompts
+from rlhf_fast.trainers.dpo_config import DPOConfig
 from rlhf_fast.trainers.meters import Sums
-from rlhf_fast.trainers.models.reward_model import load_reward_model, score_batch
+from rlhf_fast.trainers.models.hf_utils import ending_ids
+from rlhf_fast.trainers.models.reward_model import load_reward_model, pool_by_length, score_batch
+from rlhf_fast.trainers.reward_ensemble import RewardModel
 from rlhf_fast.trainers.rm import RewardTrainer, run_rm
 from rlhf_fast.trainers.rm_config import RMConfig
 from rlhf_fast.trainers.run_log import read_log
+from rlhf_fast.trainers.stage import tokenize
 
 MARGINS = [dict(row, margin=0.1 * i) for i, row in enumerate(PAIRS)]
 
@@ -165,6 +175,59 @@ def test_a_step_is_trls_step(tmp_path):
     for p, q, s in zip(ours.model.parameters(), theirs.model.parameters(), classifier(torch.float32).parameters(),
                        strict=True):  # fmt: skip
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4 * (q - s).abs().max().item() + 1e-7)
+
+
+# Both write more behind the token that ends a completion: </s>; and j, here Gemma's <end_of_turn>, with EOS further on.
+ENDINGS = {"chatml": ("</s>", CHAT_TEMPLATE), "gemma": ("j", CHAT_TEMPLATE.replace("</s> nl", "j nl"))}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_trained_where_a_policys_completion_is_scored(name, packing):
+    """The scores of the pairs are those that `RewardModel` gives the same texts as PPO and GRPO sample them."""
+    end, template = ENDINGS[name]
+    tokenizer, model = word_tokenizer(bos=True, template=template), classifier(vocab_size=18).eval()
+    rows = [
+        {"prompt": turns("u a"), "chosen": "b", "rejected": "c d"},
+        {"prompt": turns("u a / a b / u e f"), "chosen": "g b", "rejected": "a"},
+    ]
+    ending = ending_ids(SimpleNamespace(eos_token_id=ids_of("</s> j")), tokenizer)
+    data = tokenize_pairs(Rows.from_list(rows), tokenizer, max_length=99, ending_ids=ending)
+    trained = score_batch(pool_by_length(model), pair_batch(data, packing))
+    prompts = [p.ids for p in tokenize_prompts(Rows.from_list(rows), tokenizer, max_length=99)[0] for _ in range(2)]
+    sampled = [ids_of(f"{row[side]} {end}") for row in rows for side in ("chosen", "rejected")]
+    torch.testing.assert_close(trained.tolist(), RewardModel(model)(prompts, sampled), rtol=1e-9, atol=1e-12)
+    assert trained.std() > 1e-2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_pairs_with_their_templates_tail_are_scored_at_eos(packing):
+    tokenizer, model = word_tokenizer(template=CHAT_TEMPLATE), classifier(vocab_size=18).eval()
+    rows = [{"prompt": turns("u a"), "chosen": "b", "rejected": "c d"}]
+    whole, cut = (
+        tokenize_pairs(Rows.from_list(rows), tokenizer, max_length=99, ending_ids=ending) for ending in ((), (3,))
+    )
+    assert (whole.lengths - cut.lengths).tolist() == [2]
+    scores = [score_batch(pool_by_length(model), pair_batch(data, packing)) for data in (whole, cut)]
+    torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-12)
+
+
+def test_only_the_last_turn_ends_and_only_for_a_reward_model(tmp_path):
+    """Where completions end is the model folder's to say; DPO has the template's whole text."""
+    tokenizer, folder = word_tokenizer(template=ENDINGS["gemma"][1]), folders(tmp_path, [])
+    row = {"prompt": turns("u a"), "chosen": turns("a b / u c / a d"), "rejected": turns("a e")}
+
+    def chosen(config):
+        return marked(tokenize(config(**run_options(folder)), Rows.from_list([row]), tokenizer).chosen)
+
+    whole = "<|user|> a <|assistant|> b* j* nl* <|user|> c <|assistant|> d* j* nl* </s>*"
+    assert chosen(RMConfig) == whole  # the model's completions end with EOS alone
+    for file in ("generation_config.json", "config.json"):
+        path = folder / "model" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ids_of("<|system|> j")}))
+        assert chosen(RMConfig) == whole.removesuffix(" nl* </s>*")
+        assert chosen(DPOConfig) == whole
+        (folder / "model" / "generation_config.json").unlink(missing_ok=True)
 
 
 # ---- runs

@@ -23,6 +23,7 @@ from rlhf_fast.trainers.memory_advice import OutOfMemory
 from rlhf_fast.trainers.models.hf_utils import (
     check_special_tokens,
     check_window,
+    ending_ids,
     load_model,
     load_tokenizer,
     ready_tokenizer,
@@ -147,13 +148,9 @@ class RLTrainer(Evaluating):
 
     def make_sampler(self, *, greedy: bool, seed: int | None = None) -> Any:
         config, model = self.config, self.loop.unwrapped
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
-            raise ValueError(f"eos_token_id in generation_config.json must be an id or a list of ids, got {eos!r}")
-        eos = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}
         settings = SamplerSettings(
             max_new_tokens=config.turn_length,
-            eos_token_ids=tuple(sorted(eos)),
+            eos_token_ids=ending_ids(model.generation_config, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
             temperature=config.temperature,
             top_k=0 if greedy else config.top_k,

@@ -6,7 +6,8 @@ Sources: Bradley and Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et a
 et al. 2023, eq. 2.
 
 Departures from the textbook: none; P counts the pairs of all micro-batches and all ranks. Both answers of a pair go
-through one forward, and only the last real token of each, told by length, meets the score head.
+through one forward, and only the last scored token of each meets the score head. It is the one that ends a completion
+of the policy, so that what a template writes behind it ("\n" of ChatML) is never what a score is read from.
 """
 
 from __future__ import annotations

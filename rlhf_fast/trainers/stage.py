@@ -25,7 +25,7 @@ from rlhf_fast.trainers.data.packing import check_packing
 from rlhf_fast.trainers.data.pairs import tokenize_kto, tokenize_pairs
 from rlhf_fast.trainers.data.readers import Rows
 from rlhf_fast.trainers.data.tokenize import check_vocabulary, tokenize_sft
-from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, vocabulary_size
+from rlhf_fast.trainers.models.hf_utils import check_window, load_tokenizer, read_ending_ids, vocabulary_size
 from rlhf_fast.trainers.models.lora import optimizer_groups
 from rlhf_fast.trainers.preflight import preflight
 from rlhf_fast.trainers.run_log import RunLog, largest_peak_mb, write_atomic
@@ -137,6 +137,8 @@ def tokenize(config: TrainerConfig, rows: Rows, tokenizer: Any) -> Any:
     if config.stage == "sft":
         limits |= dict(train_on_prompt=config.train_on_prompt, mask_history=config.mask_history)
         return tokenize_sft(rows, tokenizer, **limits)
+    if config.stage == "rm":  # scored where a policy's completions end
+        limits |= dict(ending_ids=read_ending_ids(config, tokenizer))
     return (tokenize_kto if config.stage == "kto" else tokenize_pairs)(rows, tokenizer, **limits)
 
 

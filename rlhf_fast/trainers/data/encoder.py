@@ -6,6 +6,7 @@ where the tokenizer would add it. A completion ends with EOS, which is scored.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,14 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.prefix = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
-    def many(self, rows: list[list[Segment]], *, bos: bool = True) -> list[tuple[np.ndarray, np.ndarray]]:
+    def many(
+        self, rows: list[list[Segment]], *, bos: bool = True, ending_ids: Collection[int] = ()
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, scored) of each row of segments; a trailing scored segment gets EOS unless it has one.
 
-        `bos=False` for rows that continue another one.
+        Args:
+            bos: False for rows that continue another one.
+            ending_ids: a trailing scored segment of a template ends at the first of these tokens, if it has one.
         """
         texts = [segment.text for row in rows for segment in row]
         try:
@@ -44,15 +49,19 @@ class Encoder:
         for row in rows:
             ids: list[int] = []
             scored: list[bool] = []
-            for segment in row:
+            ended = False
+            for k, segment in enumerate(row):
                 piece = next(pieces)
+                if ending_ids and k == len(row) - 1 and segment.template and segment.scored:
+                    end = next((i for i, token in enumerate(piece, 1) if token in ending_ids), None)
+                    piece, ended = piece[:end], end is not None
                 keep = [segment.scored] * len(piece)
                 if segment.template and segment.scored and self.eos in piece:
                     after = piece[::-1].index(self.eos)  # what the template puts after EOS is not the model's
                     keep[len(piece) - after :] = [False] * after
                 ids += piece
                 scored += keep
-            if row[-1].scored and not _ends_with(ids, scored, self.eos):
+            if row[-1].scored and not ended and not _ends_with(ids, scored, self.eos):
                 ids.append(self.eos)
                 scored.append(True)
             if bos and self.prefix and ids[:1] != self.prefix and not row[0].template:

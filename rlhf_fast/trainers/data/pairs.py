@@ -5,7 +5,7 @@ The prompt is tokenised once and stands before both answers, so both see the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     overlong_prompt: str = "drop",
+    ending_ids: Collection[int] = (),
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> PairDataset:
     """Turn rows into pairs of examples of at most `max_length` tokens each; both end with EOS, answers are scored.
@@ -79,6 +80,8 @@ def tokenize_pairs(
     Args:
         rows: of the forms in `forms.pair`, with an optional number "margin".
         overlong_prompt: as in `tokenize_sft`; the longer answer decides what room the prompt may take.
+        ending_ids: for a reward model: a conversation ends at the first of these tokens in its last turn, as a sampled
+            completion does. Default: what the template writes behind it stays, as TRL has it.
     Raises: ValueError naming file and line on rows of an unknown form; when no row is left.
     """
     check_policy(overlong_prompt)
@@ -91,7 +94,8 @@ def tokenize_pairs(
         batch = range(start, min(start + BATCH, len(rows)))
         pairs = [forms.pair(rows[i], rows.where(i), tokenizer) for i in batch]
         prompts = encode.many([p.prompt for p in pairs])
-        answers = encode.many([side for p in pairs for side in (p.chosen, p.rejected)], bos=False)
+        answers = [side for p in pairs for side in (p.chosen, p.rejected)]
+        answers = encode.many(answers, bos=False, ending_ids=ending_ids)
         for i, pair, prompt, *both in zip(batch, pairs, prompts, answers[::2], answers[1::2], strict=True):
             longest = max(len(ids) for ids, _ in both)
             keep = fit_prompt(prompt[0], longest, max_length, overlong_prompt, encode.prefix)

@@ -26,15 +26,25 @@ def sequence_offsets(batch: Mapping[str, Any]) -> Tensor:
 
 def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """(S,) sums of per-token values, which are 0 where not scored."""
-    ids = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(
-        offsets.diff().long(), output_size=values.numel()
-    )
-    return values.new_zeros(len(offsets) - 1).index_add(0, ids, values.flatten())
+    return values.new_zeros(len(offsets) - 1).index_add(0, _owners(offsets, values.numel()), values.flatten())
+
+
+def _owners(offsets: Tensor, tokens: int) -> Tensor:
+    """(tokens,) the sequence that each token belongs to."""
+    sequences = torch.arange(len(offsets) - 1, device=offsets.device)
+    return sequences.repeat_interleave(offsets.diff().long(), output_size=tokens)
 
 
 def scored_lengths(batch: Mapping[str, Any]) -> Tensor:
     """(S,) scored tokens of each sequence."""
     return sequence_sums((batch["target_ids"] != -100).long(), sequence_offsets(batch))
+
+
+def last_scored(batch: Mapping[str, Any]) -> Tensor:
+    """(S,) index of each sequence's last scored token into the flattened tokens; 0 where nothing is scored."""
+    offsets, scored = sequence_offsets(batch), batch["target_ids"].flatten() != -100
+    index = torch.arange(1, len(scored) + 1, device=scored.device) * scored  # of the token that is predicted
+    return index.new_zeros(len(offsets) - 1).scatter_reduce(0, _owners(offsets, len(scored)), index, "amax")
 
 
 def first_sequences(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -199,6 +199,26 @@ def align_special_tokens(model: nn.Module, tokenizer: Any) -> None:
     generation.eos_token_id = known[0] if len(known) == 1 else known
 
 
+def ending_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a sampled completion: EOS, and what the model's generation config (None: no such) names."""
+    eos = getattr(generation, "eos_token_id", None)
+    if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
+        raise ValueError(f"eos_token_id in generation_config.json must be an id or a list of ids, got {eos!r}")
+    return tuple(sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])}))
+
+
+def read_ending_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
+    """`ending_ids` of a run's model before it is loaded: of its generation_config.json or, without one, config.json."""
+    from transformers import AutoConfig, GenerationConfig
+
+    base, _ = find_adapters(config)
+    try:
+        generation: Any = GenerationConfig.from_pretrained(base)
+    except OSError:
+        generation = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).get_text_config()
+    return ending_ids(generation, tokenizer)
+
+
 def check_special_tokens(model: nn.Module, tokenizer: Any) -> None:
     """Raise ValueError where the tokenizer pads or ends with a token that the model has no embedding for."""
     size = vocabulary_size(model)

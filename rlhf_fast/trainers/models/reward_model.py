@@ -1,6 +1,6 @@
 """Reward models: transformers' sequence classifiers with one label, saved and loaded as such, pooled by length.
 
-    r(x) = w . h_last,   h_last = the hidden state of the sequence's last real token
+    r(x) = w . h_last,   h_last = the hidden state of the sequence's last real token: where its answer ends
 
 transformers finds that token by comparing ids with the padding id, which fails where padding and EOS share an id. Here
 it is told by the lengths, and only these states meet the score head: nothing of size (B, T) is scored.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_fast import _checks
 from rlhf_fast.trainers.config import RunConfig, find_model
+from rlhf_fast.trainers.data.sequences import last_scored
 from rlhf_fast.trainers.models.hf_utils import CLASSIFIER, load_folder, load_model
 
 
@@ -58,17 +59,27 @@ def score_sequences(
 def score_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(S,) scores of a collated batch: padded on either side (`attention_mask`), or packed (`cu_seqlens`).
 
+    A sequence is scored at its last real token, told by length; in a batch with `target_ids`, at the last one of these
+    that is scored: behind the EOS of an answer, where a policy's completions end, a template may write more.
     `model` has been through `pool_by_length`; a wrapper around it (DDP, FSDP) will do.
     """
     ids = batch["input_ids"]
     if "cu_seqlens" in batch:
         last = batch["cu_seqlens"][1:].long() - 1
-        return model(input_ids=ids, position_ids=batch["position_ids"], last=last)
+        return model(input_ids=ids, position_ids=batch["position_ids"], last=_last_answered(batch, last))
     rows, width = ids.shape
     positions = torch.arange(width, device=ids.device)
     last = (batch["attention_mask"] * positions).argmax(1) + torch.arange(rows, device=ids.device) * width
     given = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
-    return model(input_ids=ids, attention_mask=batch["attention_mask"], last=last, **given)
+    return model(input_ids=ids, attention_mask=batch["attention_mask"], last=_last_answered(batch, last), **given)
+
+
+def _last_answered(batch: Mapping[str, Tensor], last: Tensor) -> Tensor:
+    """Where `target_ids` tell, the last scored tokens; else `last`, the last real ones."""
+    if "target_ids" not in batch:
+        return last
+    scored = last_scored(batch)
+    return torch.where(scored > 0, scored, last)
 
 
 def pool_by_length(model: nn.Module) -> nn.Module:
