@@ -108,6 +108,15 @@ def test_informative_groups():
     assert told(scores_of([1.0] * 6, steps)) == [True, False]
     assert told(scores_of([1.0] * 6, steps), torch.zeros(1)) == [False, False]  # steps that weigh nothing
     assert told(scores_of([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]), options={"baseline": "opo"}) == [False, True]
+    assert told(scores_of([0.0, 0.0, 0.0, 1.0, 1.0, math.nan]), options={"baseline": "none", "scale": "none"}) == [
+        False,  # nothing times the gradient
+        True,
+    ]
+    for scale in ("none", "batch", "centered"):
+        assert told(scores_of([1.0] * 3 + [math.nan] * 3), options={"baseline": "batch", "scale": scale}) == [
+            True,
+            False,
+        ]
     passing = {"baseline": "pass_at_k", "k": 2}  # any reward above 0 passes, and every draw of two does
     assert told(scores_of([1.0, 2.0, 3.0, 0.0, 0.0, 1.0]), options=passing) == [False, True]
 

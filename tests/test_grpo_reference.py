@@ -10,9 +10,9 @@ from grpo_cases import log_rows, tiny, trainer  # noqa: E402
 from rlhf_fast.trainers.models.policy import Reference  # noqa: E402
 
 
-def lora(**kwargs):
+def lora(targets=("q_proj",)):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **kwargs))
+    return peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"))
 
 
 def test_a_trained_adapter_gets_a_frozen_copy_as_reference():
@@ -20,6 +20,11 @@ def test_a_trained_adapter_gets_a_frozen_copy_as_reference():
     model = lora()
     next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(0.1)
     assert not Reference(model).adapters_off
+    for targets in (["embed_tokens"], ["embed_tokens", "q_proj"]):  # an embedding's adapter starts at zero elsewhere
+        model = lora(targets)
+        assert Reference(model).adapters_off
+        next(p for n, p in model.named_parameters() if "lora_embedding_A" in n).data.fill_(0.1)
+        assert not Reference(model).adapters_off
     model = lora()
     model.base_model.model.model.norm.weight.requires_grad_(True)
     assert not Reference(model).adapters_off

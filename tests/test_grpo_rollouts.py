@@ -10,13 +10,16 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from grpo_cases import PROMPTS, config, digits_sum, log_rows, tiny, trainer  # noqa: E402
+from test_data import WORDS, ids_of, word_tokenizer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
 from rlhf_fast.trainers.config import load_config, run  # noqa: E402
 from rlhf_fast.trainers.grpo import GRPOConfig, GRPOTrainer  # noqa: E402
-from rlhf_fast.trainers.refill import Batch, collect, join, refilled, select_groups  # noqa: E402
+from rlhf_fast.trainers.refill import Batch, as_batch, collect, join, refilled, select_groups  # noqa: E402
 from rlhf_fast.trainers.rewards import Scores, Steps  # noqa: E402
+from rlhf_fast.trainers.rollout.samplers import SamplerSettings  # noqa: E402
 from rlhf_fast.trainers.rollout.turns import MultiTurnSampler  # noqa: E402
+from rlhf_fast.trainers.stepwise import as_queries, as_rollout  # noqa: E402
 
 # ---- refilled groups
 
@@ -53,6 +56,29 @@ def test_refilling_gives_up_after_its_attempts(tmp_path):
     assert row["degenerate_groups"] == 8
     assert row["zero_std_groups"] == 1.0
     assert it.prompts_seen == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "degenerate"),
+    [
+        (dict(advantage_estimator="remax"), 0),
+        (dict(advantage_baseline="batch", scale_rewards="batch"), 0),
+        (dict(advantage_baseline="none", scale_rewards="none"), 0),
+        (dict(advantage_estimator="remax", scale_rewards="group"), 8),  # divided by the group's std
+        (dict(advantage_baseline="loo"), 8),
+    ],
+    ids=str,
+)
+def test_equal_rewards_teach_where_the_baseline_is_not_the_groups(tmp_path, options, degenerate):
+    def same(prompts, **_):
+        return [float(len(p) + len(prompts)) for p in prompts]  # of the greedy ones, of which there are fewer, too
+
+    it = trainer(tmp_path, reward=same, dynamic_sampling=True, dynamic_sampling_attempts=1, **options)
+    batch, counts = refilled(it, collect(it, 4), 1)
+    assert counts == {"resampled_groups": float(degenerate), "degenerate_groups": float(degenerate)}
+    if not degenerate:
+        experience, _ = it.advantages(batch)
+        assert experience.advantages.abs().max() > 0
 
 
 def test_every_group_of_a_refilled_run_teaches(tmp_path):
@@ -169,9 +195,40 @@ def test_steps_with_responses_from_elsewhere(tmp_path):
             "queries must hold one for each of 8 responses or groups, got 3",
         ),
         (dict(responses=[[]] * 8), "row 0 is empty"),
+        (
+            dict(queries=["25>"] * 5 + ["7>"] * 3),
+            "groups of num_generations=4 with one prompt, but row 5 has another prompt than row 4",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             it.step(**{"queries": queries, "responses": responses, "scores": scores, **bad})
+
+
+def test_groups_of_equal_prompts_stay_apart(tmp_path):
+    """Two groups of the first prompt and one of the second, one query a response."""
+    tokenizer, settings = make_tokenizer(), SamplerSettings(4, (2,), 0)
+    queries, scores = [[5, 6]] * 4 + [[7, 8]] * 2, [0.0, 1.0] * 3
+    batch = as_batch(queries, [[9, 2]] * 6, scores, tokenizer, settings, 2)
+    assert batch.group_size == 2
+    assert [p.ids for p in batch.prompts] == [[5, 6], [5, 6], [7, 8]]
+    with pytest.raises(ValueError, match="groups of num_generations=4, got 6 rows"):
+        as_batch(queries, [[9, 2]] * 6, scores, tokenizer, settings, 4)
+
+
+def test_texts_get_one_bos_and_one_eos():
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer(bos=True)
+    settings = SamplerSettings(4, (tokenizer.eos_token_id, WORDS.index("d")), 1)
+    want = ids_of("<s> a b")
+    assert [q.ids for q in as_queries(["<s> a b", "a b", want], tokenizer)] == [want] * 3
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    assert as_queries(["a b"], tokenizer)[0].ids == want
+    rollout = as_rollout(["a b </s>", "a b", "a d", ids_of("a"), ""], tokenizer, settings)
+    assert rollout.completions() == [ids_of(text) for text in ("a b </s>", "a b </s>", "a d", "a", "</s>")]
+    assert rollout.finish == ["stop", "stop", "stop", "length", "stop"]
 
 
 # ---- data and files

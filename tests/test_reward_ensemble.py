@@ -7,11 +7,18 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import grpo_cases  # noqa: E402
 from ppo_cases import classifier, tiny, trainer  # noqa: E402
 
 from rlhf_fast.cli.demos.task import make_tokenizer  # noqa: E402
+from rlhf_fast.trainers.grpo import GRPOTrainer  # noqa: E402
 from rlhf_fast.trainers.ppo_config import PPOConfig  # noqa: E402
-from rlhf_fast.trainers.reward_ensemble import RewardEnsemble, RewardModel, load_rewards  # noqa: E402
+from rlhf_fast.trainers.reward_ensemble import (  # noqa: E402
+    RewardEnsemble,
+    RewardModel,
+    fixed_statistics,
+    load_rewards,
+)
 from rlhf_fast.trainers.rewards import Rewards  # noqa: E402
 
 PROMPTS, ANSWERS = [[3, 4], [5], [6, 7, 8]], [[9, 2], [10, 11, 12, 2], [13]]
@@ -89,6 +96,45 @@ def test_normalised_members_have_no_offset_and_no_scale():
     other = RewardEnsemble(members, aggregation="min", normalize=True)
     other.load_state_dict(ensemble.state_dict())
     assert call(ensemble) == call(other)
+
+
+def lengths(completion_ids, **_):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def normalised_run(folder, **options):
+    """The ensemble and the trained weights of a run whose prompts to evaluate on get rewards of their own."""
+    ensemble = RewardEnsemble([grpo_cases.digits_sum, lengths], normalize=True)
+    config = grpo_cases.config(
+        folder, max_steps=4, loss_type="reinforce", scale_rewards="none", eval_on_start=True, **options
+    )
+    rows, held_out = [[{"prompt": p} for p in prompts] for prompts in (grpo_cases.PROMPTS, ["1>", "22>", "333>"] * 4)]
+    it = GRPOTrainer(grpo_cases.tiny(), make_tokenizer(), rows, ensemble, config, eval_dataset=held_out)
+    it.train()
+    return ensemble, torch.cat([p.detach().flatten() for p in it.model.parameters()])
+
+
+def test_evaluation_does_not_move_the_statistics(tmp_path):
+    ensemble, weights = normalised_run(tmp_path / "seldom", eval_steps=100)
+    other, also = normalised_run(tmp_path / "often", eval_steps=1)
+    assert ensemble.state_dict() == other.state_dict()
+    assert torch.equal(weights, also)
+    assert ensemble.statistics[0].count == 64  # two rollouts of 32 completions
+    first = grpo_cases.log_rows(tmp_path / "often")[0]["eval_reward"]
+    assert 0 < first < 10  # before any training reward: scores as they are
+
+
+def test_greedy_completions_do_not_move_the_statistics(tmp_path):
+    ensemble, _ = normalised_run(tmp_path, advantage_estimator="remax", eval_steps=100)
+    assert [s.count for s in ensemble.statistics] == [64.0, 64.0]
+
+
+def test_statistics_are_fixed_inside_of_the_block_only():
+    ensemble = RewardEnsemble([constant(1.0, 2.0, 3.0)], normalize=True)
+    with fixed_statistics([ensemble, lengths]):
+        assert call(ensemble) == [1.0, 2.0, 3.0]
+    call(ensemble)
+    assert ensemble.statistics[0].count == 3
 
 
 def test_bad_ensembles_are_named():

@@ -359,10 +359,13 @@ def test_new_weights_are_brought_over(served, tmp_path):
         sampler(RAGGED)
 
 
-def test_adapters_are_merged_on_the_way_and_stay_as_they_are(served, tmp_path):
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_adapters_are_merged_on_the_way_and_stay_as_they_are(served, tmp_path, targets, tied):
+    """Also on a head whose weight is the embedding's, which the head's adapter must leave alone."""
     peft = pytest.importorskip("peft")
-    model = tiny()
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model = tiny(tie_word_embeddings=tied)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_()

@@ -62,12 +62,25 @@ def credit(
     return Credit(advantages, zero_std)
 
 
-def informative(scores: Scores, group_size: int, weights: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """(groups,) bool: something ranks the completions of the group, by the arguments of `credit`."""
+def informative(
+    scores: Scores, group_size: int, weights: Tensor, options: Mapping[str, Any], *, greedy: bool = False
+) -> Tensor:
+    """(groups,) bool: the group can have an advantage, by the arguments of `credit`.
+
+    With a baseline of the group's own, something has to rank its completions. Equal rewards may also differ from what
+    does not depend on the group: the batch's mean, zero, or the reward of a greedy completion (`greedy`).
+    """
     rewards, options = _outcomes(scores, group_size, weights, options)
+    baseline = "greedy" if greedy else options.get("baseline", "mean")
+    elsewhere = baseline in ("greedy", "batch", "none")
+    if elsewhere and options.get("scale") in ("batch", "centered"):
+        options["scale"] = "none"  # one divisor for all groups
+    if baseline in ("greedy", "batch"):  # not known yet: some number that is not the reward
+        options["baseline"] = (rewards <= 0).to(rewards)
     if options.get("baseline") == "opo":  # no lengths make equal rewards differ
         options["lengths"] = torch.ones(len(rewards))
-    ranked = ~group_advantages(rewards, **options).zero_std.view(-1, group_size)[:, 0]
+    result = group_advantages(rewards, **options)
+    ranked = (result.advantages != 0 if elsewhere else ~result.zero_std).view(-1, group_size).any(1)
     if scores.steps is not None:
         ranked = ranked | _ranked(scores, _normalised(scores, group_size, "group"), group_size, weights)
     return ranked

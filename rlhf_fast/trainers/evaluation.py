@@ -13,6 +13,7 @@ from torch import nn
 from rlhf_fast.trainers.data.tokenize import Prompt
 from rlhf_fast.trainers.gauges import Perplexity
 from rlhf_fast.trainers.loop import Loop
+from rlhf_fast.trainers.reward_ensemble import fixed_statistics
 from rlhf_fast.trainers.rewards import Rewards, Scores, finite_mean
 from rlhf_fast.trainers.rl_config import RLConfig
 from rlhf_fast.trainers.rollout.samplers import Rollout
@@ -64,7 +65,8 @@ class Evaluating:
         for rewards in (self.rewards, self.eval_rewards):
             if rewards is None:
                 continue
-            scores = self.score_rollout(prompts, rollout, rewards)
+            with fixed_statistics(self.rewards.functions if self.rewards is not None else ()):
+                scores = self.score_rollout(prompts, rollout, rewards)
             if rewards is self.rewards:
                 columns["eval_reward"] = scores.total
             if rewards is self.eval_rewards or len(rewards.names) > 1:

@@ -47,6 +47,7 @@ from rlhf_fast.trainers.layout import Layout
 from rlhf_fast.trainers.models.policy import Reference, updating_mode
 from rlhf_fast.trainers.reference_trainer import load_reference
 from rlhf_fast.trainers.refill import Batch, as_batch, collect, refilled
+from rlhf_fast.trainers.reward_ensemble import fixed_statistics
 from rlhf_fast.trainers.rewards import Scores
 from rlhf_fast.trainers.rl import RLTrainer, run_rl
 
@@ -177,7 +178,7 @@ class GRPOTrainer(RLTrainer):
         """(prompts,) reward of each prompt's greedy completion."""
         with self.loop.timed("rollout"):
             rollout = self.sample(prompts, sampler=self.make_sampler(greedy=True))
-        with self.loop.timed("scoring"):
+        with self.loop.timed("scoring"), fixed_statistics(self.reward_functions()):
             return self.score_rollout(prompts, rollout).outcome
 
     # ---- advantages to minibatches
@@ -281,14 +282,15 @@ class GRPOTrainer(RLTrainer):
         """The updates of one rollout of the caller's own, groups of completions side by side; their metrics.
 
         Args:
-            queries: texts or token ids, one for each group, or one for each completion.
+            queries: texts or token ids, one for each group, or one for each completion: then `num_generations`
+                neighbours are a group, of one prompt.
             responses: the `Rollout` that `generate` gave, or completions as texts or token ids.
             scores: one number a completion; NaN drops it.
         """
         self.check_open()
         if self.loop.log is None:
             self.start()
-        batch = as_batch(queries, responses, scores, self.tokenizer, self.sampler.settings)
+        batch = as_batch(queries, responses, scores, self.tokenizer, self.sampler.settings, self.config.num_generations)
         experience, metrics = self.advantages(batch)
         sums: dict[str, Tensor] = {}
         minibatches = self.minibatches(experience)

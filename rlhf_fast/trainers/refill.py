@@ -1,6 +1,7 @@
 """Rollouts to train on: sampled, scored and, where asked for, refilled until their groups have something to say.
 
-Dynamic sampling: a group that its rewards do not rank has no advantage and no gradient. Such groups are replaced by
+Dynamic sampling: a group whose advantages are all zero, such as one that its rewards do not rank where the baseline
+is the group's own, has no gradient. Such groups are replaced by
 groups of the next prompts, a bounded number of times, so that every minibatch holds about as much to learn from.
 
 Source: Yu et al. 2025, "DAPO", section 3.2, which samples on until the batch is full; here `attempts` bounds it.
@@ -37,8 +38,13 @@ class Batch(NamedTuple):
         return len(self.rollout.finish) // len(self.prompts)
 
 
-def as_batch(queries: Sequence[Any], responses: Any, scores: Any, tokenizer: Any, settings: SamplerSettings) -> Batch:
-    """A batch of the caller's own, as `GRPOTrainer.step` takes it."""
+def as_batch(
+    queries: Sequence[Any], responses: Any, scores: Any, tokenizer: Any, settings: SamplerSettings, group_size: int
+) -> Batch:
+    """A batch of the caller's own, as `GRPOTrainer.step` takes it.
+
+    One query a response: `group_size` neighbours are a group. Fewer: one a group, of whatever size.
+    """
     rollout = responses if isinstance(responses, Rollout) else as_rollout(responses, tokenizer, settings)
     rows, prompts = len(rollout.finish), as_queries(queries, tokenizer)
     total = torch.as_tensor(scores, dtype=torch.float32).cpu()
@@ -46,10 +52,16 @@ def as_batch(queries: Sequence[Any], responses: Any, scores: Any, tokenizer: Any
         raise ValueError(f"scores must be ({rows},), one for each response, got {tuple(total.shape)}")
     if not prompts or rows % len(prompts):
         raise ValueError(f"queries must hold one for each of {rows} responses or groups, got {len(prompts)}")
-    if len(prompts) == rows:  # neighbours with the same prompt are a group
-        prompts = [p for i, p in enumerate(prompts) if i == 0 or p.ids != prompts[i - 1].ids]
-        if rows % len(prompts):
-            raise ValueError(f"queries must come in groups of one size, got {len(prompts)} groups of {rows} rows")
+    if len(prompts) == rows:
+        if rows % group_size:
+            raise ValueError(f"queries must come in groups of num_generations={group_size}, got {rows} rows")
+        for i, prompt in enumerate(prompts):
+            if prompt.ids != prompts[i - i % group_size].ids:
+                raise ValueError(
+                    f"queries must come in groups of num_generations={group_size} with one prompt, but row {i} has "
+                    f"another prompt than row {i - i % group_size}"
+                )
+        prompts = prompts[::group_size]
     return Batch(prompts, rollout, Scores(total, total[:, None], total))
 
 
@@ -61,7 +73,8 @@ def collect(trainer: RLTrainer, group_size: int) -> Batch:
 def refilled(trainer: GRPOTrainer, batch: Batch, attempts: int) -> tuple[Batch, dict[str, float]]:
     """The batch with its degenerate groups replaced where other prompts had better ones, and counts of both."""
     size, drawn = batch.group_size, 0
-    judge = dict(weights=trainer.reward_weights(batch.scores), options=trainer.config.advantage_options())
+    config, weights = trainer.config, trainer.reward_weights(batch.scores)
+    judge = dict(weights=weights, options=config.advantage_options(), greedy=config.greedy_baseline)
     for _ in range(attempts):
         wanted = (~informative(batch.scores, size, **judge)).nonzero()[:, 0]
         most = trainer.accelerator.gather(torch.tensor([len(wanted)], device=trainer.accelerator.device)).max()

@@ -12,7 +12,8 @@ optimisation, and uncertainty-weighted optimisation with the variance in the pla
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class RewardEnsemble:
         weights: one a member, above 0, for mean and mean_std; they are normalised to sum to 1. Default equal.
         std_coef: k of mean_std.
         normalize: each member's scores by their own running mean and standard deviation first. Bradley-Terry leaves a
-            model's offset free, and min of models with different offsets is only one of them.
+            model's offset free, and min of models with different offsets is only one of them. Every call moves the
+            statistics, but inside of `fixed_statistics`; before the first one scores stay as they are.
         name: in the metrics.
     Attributes: metrics, of the last call: `<name>_spread`, the mean over rows of the members' standard deviation.
     Raises: ValueError naming the option.
@@ -114,6 +116,7 @@ class RewardEnsemble:
         self.statistics = [RunningStats() for _ in range(count)] if normalize else []
         self.metrics: dict[str, float] = {}
         self.accelerator: Any = None  # statistics over its processes
+        self.fixed = False  # the statistics do not move
 
     def to(self, device: torch.device) -> RewardEnsemble:
         for member in self.members.functions:
@@ -124,8 +127,10 @@ class RewardEnsemble:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
         each = self.members(prompts, completions, columns).each.double()  # (B, F)
         for k, statistics in enumerate(self.statistics):
-            statistics.update(each[:, k], self.accelerator)
-            each[:, k] = statistics.normalize(each[:, k])
+            if not self.fixed:
+                statistics.update(each[:, k], self.accelerator)
+            if statistics.count:
+                each[:, k] = statistics.normalize(each[:, k])
         mean = each @ self.weights
         std = ((each - mean[:, None]).square() @ self.weights).sqrt()
         kept = std[std.isfinite()]
@@ -138,6 +143,19 @@ class RewardEnsemble:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for statistics, saved in zip(self.statistics, state["statistics"], strict=True):
             statistics.load_state_dict(saved)
+
+
+@contextmanager
+def fixed_statistics(functions: Iterable[RewardFunction]) -> Iterator[None]:
+    """Inside the block, ensembles among the functions normalise by the statistics they have and take nothing in."""
+    ensembles = [(f, f.fixed) for f in functions if isinstance(f, RewardEnsemble)]
+    for ensemble, _ in ensembles:
+        ensemble.fixed = True
+    try:
+        yield
+    finally:
+        for ensemble, fixed in ensembles:
+            ensemble.fixed = fixed
 
 
 def load_rewards(config: RLConfig, tokenizer: Any = None) -> list[RewardFunction]:

@@ -30,7 +30,8 @@ class Reference:
     def __init__(self, model: nn.Module, other: nn.Module | None = None, *, copy: bool = False):
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         only_adapters = hasattr(model, "disable_adapter") and all("lora_" in name for name in trained)
-        fresh = all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+        zero_at_first = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
+        fresh = not any(p.any() for p in zero_at_first)
         self.adapters_off = only_adapters and fresh and not copy and other is None
         self.moved = False
         if other is None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_fast.trainers.models.lora import merged
 from rlhf_fast.trainers.rollout.http_client import BadAnswer, JSONClient, ServerError
 
 # What this process last told each server (by the address it announced it to): samplers come and go, servers stay.
@@ -96,7 +97,7 @@ class DiskUpdate:
         if HELD.get(address) == now:
             return
         if hasattr(model, "merge_and_unload"):
-            model = copy.deepcopy(model).merge_and_unload()
+            model = merged(copy.deepcopy(model))
         old = {int(p.name.rpartition("-")[2]): p for p in self.folder.glob("weights-*")}
         new = self.folder / f"weights-{max(old, default=0) + 1}"
         model.save_pretrained(new)
