@@ -106,6 +106,33 @@ def test_a_pair_of_which_one_answer_goes_on_with_the_header():
         }
 
 
+def test_of_an_opening_assistant_turn_only_its_own_text_is_scored():
+    """Not the header, nor the system text that the template writes by itself; with tools or without."""
+    talk = turns("a b / u a / a d")
+    text = "<|assistant|> b* </s>* nl <|user|> a <|assistant|> d* </s>* nl"
+    assert marked(encode({"messages": talk}, word_tokenizer(template=CHAT_TEMPLATE))) == text
+    alone = encode({"messages": talk[:1]}, word_tokenizer(bos=True, template="<s> e " + CHAT_TEMPLATE))
+    assert marked(alone) == "<s> e <|assistant|> b* </s>* nl"
+    called = encode({"messages": talk, "tools": [{"name": "b"}]}, word_tokenizer(template=TOOLS))
+    assert marked(called) == "<|system|> <unk> <|assistant|> b* </s>* <|user|> a <|assistant|> d* </s>*"
+    ending = marked(encode({"messages": talk}, word_tokenizer(template=ENDING)))
+    assert ending == "<|assistant|> b* nl* <|user|> a nl <|assistant|> d* nl* </s>*"
+    opening = marked(encode({"messages": talk}, word_tokenizer(template=OPENING)))  # its header opens a thought
+    assert opening == "<|assistant|> b* </s>* <|user|> a <|assistant|> d* </s>*"
+
+
+def test_an_opening_turn_that_the_template_writes_otherwise():
+    """Its text cannot be told from the header's: a later turn is scored without it, and it alone is an error."""
+    template = "{% if messages[0].role == 'assistant' %}e {% endif %}" + CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ ' f' if loop.first and m['role'] == 'assistant' }}"
+    )
+    with pytest.warns(UserWarning, match="^1 conversations are scored in their last turn only"):
+        data = encode({"messages": turns("a b / u a / a d")}, word_tokenizer(template=template))
+    assert marked(data) == "e <|assistant|> b f </s> nl <|user|> a <|assistant|> d* </s>* nl"
+    with pytest.raises(ValueError, match="rewrites what comes before turn 1"):
+        encode({"messages": turns("a b")}, word_tokenizer(template=template))
+
+
 def test_mask_history():
     tokenizer = word_tokenizer(template=CHAT_TEMPLATE)
     last = "<|user|> a <|assistant|> b </s> nl <|user|> c <|assistant|> d* </s>* nl"

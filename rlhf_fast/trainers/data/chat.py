@@ -109,8 +109,10 @@ def _cut(chat: Chat, tokenizer: Any, scored: list[int]) -> list[Segment] | None:
     segments: list[Segment] = []
     done = ""
     for k in scored:
-        before = chat.render(tokenizer, k, prompt=True) if k else ""
         after = chat.render(tokenizer, k + 1)
+        before = chat.render(tokenizer, k, prompt=True) if k else _before_opening(chat, after, tokenizer)
+        if before is None:
+            return None
         if not before.startswith(done) and done.endswith(tokenizer.eos_token):  # EOS only where a conversation ends
             done = done.removesuffix(tokenizer.eos_token)
             segments[-1] = segments[-1]._replace(text=segments[-1].text.removesuffix(tokenizer.eos_token))
@@ -121,6 +123,17 @@ def _cut(chat: Chat, tokenizer: Any, scored: list[int]) -> list[Segment] | None:
         segments += [Segment(before[len(done) :], False, True), Segment(after[len(before) :], True, True)]
         done = after
     return segments
+
+
+def _before_opening(chat: Chat, after: str, tokenizer: Any) -> str | None:
+    """What the template writes before an assistant turn that opens the conversation, as no prompt of it shows.
+
+    The turn's own text is what the template writes of it as an answer, which must be how `after` ends.
+    """
+    asked = Chat([{"role": "user", "content": "x"}, chat.turns[0]], 1, chat.where, chat.tools)
+    segments = _cut(asked, tokenizer, [1])
+    answer = segments[-1].text if segments else ""
+    return after.removesuffix(answer) if answer and after.endswith(answer) else None
 
 
 def _shared_header(chat: Chat, k: int, before: str, after: str, tokenizer: Any) -> str | None:
