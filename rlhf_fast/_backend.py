@@ -248,7 +248,11 @@ def num_threads() -> int:
 
 def pointer(tensor: Tensor | None) -> int:
     """The address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    if tensor.is_neg():
+        raise ValueError("a view with the negative bit cannot be read in place: resolve_neg() it first")
+    return tensor.data_ptr()
 
 
 def _matrix(name: str, tensor: Tensor) -> tuple[int, int]:

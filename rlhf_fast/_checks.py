@@ -197,6 +197,15 @@ def check_target(name: str, target: Tensor, expected: Sequence[int], dims: str) 
         raise ValueError(f"{name} must be int64 or int32, got {target.dtype}")
 
 
+def savable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that autograd may keep for the backward: one made in inference mode is copied outside of it."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    if torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
+
+
 def check_target_range(name: str, target: Tensor, mask: Tensor, size: int) -> None:
     """Raise on the first scored target outside [0, size), naming its row and value. One host sync.
 

@@ -484,3 +484,15 @@ H, W, RH, RW = torch.randn(4, 8), torch.randn(11, 8), torch.randn(4, 6), torch.r
 def test_bad_input(args, options, message):
     with pytest.raises(ValueError, match=message):
         linear_divergence(*args, **options)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_teacher_from_inference_mode(weighted):
+    with torch.inference_mode():
+        teacher = torch.randn(6, 8), torch.randn(11, 8)
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8)
+    grads = []
+    for ref in (teacher, [t.clone() for t in teacher]):
+        out = linear_divergence(hidden, weight, *ref, **(dict(weights=torch.ones(6)) if weighted else {}))
+        grads += torch.autograd.grad(out.loss if weighted else out.sum(), hidden)
+    assert torch.equal(*grads)

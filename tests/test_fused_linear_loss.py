@@ -470,3 +470,14 @@ def test_fp32_tile_narrowed_in_place(like_cuda, dtype, tiny):
     rounding = torch.finfo(dtype).eps
     for a, b in zip(got[2:], want[2:], strict=True):  # dlogits and the result are narrow: two roundings
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2 * rounding * float(b.abs().max()))
+
+
+def test_what_a_walk_gives_is_the_callers_while_the_graph_is_kept():
+    """A leaf's .grad is the tensor that the backward returns: the next walk must not read what was written there."""
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    loss = fused_linear_loss(hidden, weight, torch.randint(11, (6,)), lambda logprob, *_: -logprob.sum()).loss
+    first = [grad.clone() for grad in torch.autograd.grad(loss, (hidden, weight), retain_graph=True)]
+    for grad in torch.autograd.grad(loss, (hidden, weight), retain_graph=True):
+        grad.zero_()
+    for grad, want in zip(torch.autograd.grad(loss, (hidden, weight)), first, strict=True):
+        assert torch.equal(grad, want)

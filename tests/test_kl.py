@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_fast import _backend
 from rlhf_fast.ops.kl import ESTIMATORS, kl_estimate, kl_slope
 from rlhf_fast.reference import policy as oracle
 
@@ -133,3 +134,19 @@ def test_bad_input():
         kl_estimate(a, a, mask=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="logprob must be float32"):
         kl_estimate(a.long(), a)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_a_reference_from_inference_mode(estimator):
+    with torch.inference_mode():
+        ref_logprob = torch.randn(4, 5)
+    logprob = torch.randn(4, 5, requires_grad=True)
+    kl_estimate(logprob, ref_logprob, estimator=estimator).sum().backward()
+    (want,) = torch.autograd.grad(kl_estimate(logprob, ref_logprob.clone(), estimator=estimator).sum(), logprob)
+    assert torch.equal(logprob.grad, want)
+
+
+@pytest.mark.skipif(not _backend.cpp_available(), reason="no C++ extension")
+def test_a_view_with_the_negative_bit_is_not_read_as_it_lies():
+    with pytest.raises(ValueError, match="negative bit"):
+        kl_estimate(torch._neg_view(torch.randn(4, 5)), torch.randn(4, 5))

@@ -1,7 +1,10 @@
 """The fused head inside real architectures, against the unfused model."""
 
 import copy
+import inspect
 import multiprocessing
+import pickle
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -337,6 +340,120 @@ def test_peft_trains_a_copy_of_the_head():
         off = model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
         plain = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
     torch.testing.assert_close(off, plain, rtol=1e-10, atol=1e-10)
+
+
+def lora_on_the_head(model, **options):
+    """PEFT around a fused model, its adapters away from 0."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False} | options
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    return model.double()
+
+
+def resized(model):
+    model.resize_token_embeddings(105, mean_resizing=False)
+    return model
+
+
+LATER = {
+    "LoRA": lambda m: lora_on_the_head(m, target_modules=["lm_head"]),
+    "a copy of the head": lambda m: lora_on_the_head(m, modules_to_save=["lm_head"]),
+    "new tokens": lambda m: lora_on_the_head(m, trainable_token_indices={"lm_head": [3, 4]}),
+    "merged": lambda m: lora_on_the_head(m, target_modules=["lm_head", "q_proj"]).merge_and_unload(),
+    "resized": resized,
+    "pickled": lambda m: pickle.loads(pickle.dumps(m)),
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_head_that_is_wrapped_or_replaced_after_fusing(change):
+    model = fuse_lm_head(build("LlamaConfig"))
+    ids, mask, targets = tokens()
+    model(input_ids=ids, target_ids=targets)
+    model = LATER[change](model).requires_grad_()
+    want = reference.logprob_from_logits(model(input_ids=ids, attention_mask=mask).logits, targets).logprob
+    want.sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    got = model(input_ids=ids, attention_mask=mask, target_ids=targets).logprob
+    got.sum().backward()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        for full in (n for n in expected if n.endswith(name)):
+            torch.testing.assert_close(gradients(model)[full], expected[full], rtol=1e-9, atol=1e-11)
+    assert fuse_lm_head(model) is model
+    unfuse_lm_head(model)
+    assert not [name for name, module in model.named_modules() if "_unfused_forward" in module.__dict__]
+    assert model(input_ids=ids, attention_mask=mask).logits.shape[-1] in (97, 105)
+
+
+def test_adapters_by_row_go_through_a_fused_head():
+    model = lora_on_the_head(build("LlamaConfig"), target_modules=["lm_head"])
+    model.add_adapter("second", model.peft_config["default"])
+    ids, mask, _ = tokens()
+    names = ["default", "second", "default"]
+    want = model.eval()(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+    assert torch.equal(fuse_lm_head(model)(input_ids=ids, attention_mask=mask, adapter_names=names).logits, want)
+
+
+def test_a_compiled_model_gives_log_probs_with_gradients_and_plain_logits_in_one_graph():
+    model = fuse_lm_head(build("LlamaConfig", torch.float32))
+    ids, mask, targets = tokens()
+    want = model(input_ids=ids, target_ids=targets).logprob
+    want.sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        got = compiled(input_ids=ids, target_ids=targets).logprob
+        got.sum().backward()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        for name, grad in expected.items():
+            torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+    loss = compiled(input_ids=ids, target_ids=targets, loss_fn=lambda logprob, *_: -logprob.sum()).loss
+    torch.testing.assert_close(loss, -want.sum(), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_threads_do_not_meet():
+    """A fused call in one thread, the model's own forward in another."""
+    model = fuse_lm_head(build("LlamaConfig"))
+    ids, _, targets = tokens()
+    with torch.no_grad():
+        logits, stop, results = model(input_ids=ids).logits, threading.Event(), []
+
+        def fused():
+            with torch.no_grad():
+                while not stop.is_set():
+                    results.append(model(input_ids=ids.repeat(8, 8), target_ids=targets.repeat(8, 8)).logprob.shape)
+
+        thread = threading.Thread(target=fused)
+        thread.start()
+        try:
+            assert all(torch.equal(model(input_ids=ids).logits, logits) for _ in range(100))
+        finally:
+            stop.set()
+            thread.join()
+    assert set(results) == {torch.Size((24, 72))}
+
+
+def test_accelerate_wraps_and_unwraps_it():
+    accelerate = pytest.importorskip("accelerate")
+    ids, _, targets = tokens()
+    model = fuse_lm_head(build("LlamaConfig", torch.float32))
+    parameters = list(inspect.signature(model.forward).parameters)
+    assert parameters == list(inspect.signature(type(model)(model.config).forward).parameters)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    for keep in (True, False):
+        unwrapped = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=keep)
+        assert isinstance(unwrapped(input_ids=ids, target_ids=targets), LogProb)
 
 
 def test_an_unknown_transformation_is_refused():

@@ -9,8 +9,11 @@ guessed, and an unknown transformation is an error.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
+import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,14 +65,9 @@ def fuse_lm_head(model: nn.Module) -> nn.Module:
         torch.Size([2, 4])
     """
     base = _base(model)
-    if hasattr(base, "_unfused_forward"):
-        return model
-    head = _head(base)
-    slot = _slot(head)
-    base._unfused_forward, head._unfused_forward = base.forward, getattr(head, slot)
-    wrapped = functools.wraps(type(base).forward)(_model_forward)
-    base.forward = types.MethodType(wrapped, base)
-    setattr(head, slot, types.MethodType(_head_forward, head))
+    _attach(_head(base))
+    if not hasattr(base, "_unfused_forward"):
+        base._unfused_forward, base.forward = base.forward, _Forward(base)
     return model
 
 
@@ -77,10 +75,50 @@ def unfuse_lm_head(model: nn.Module) -> nn.Module:
     """Take `fuse_lm_head` back; returns the model."""
     base = _base(model)
     if hasattr(base, "_unfused_forward"):
-        head = _head(base)
-        for module, slot in ((head, _slot(head)), (base, "forward")):
-            _restore(module, slot)
+        for module in model.modules():  # a head that was wrapped or replaced since may still be there
+            if module is not base and "_unfused_forward" in module.__dict__:
+                _restore(module, _slot(module))
+        _restore(base, "forward")
     return model
+
+
+class _Forward:
+    """The forward of a fused module. Unlike a bound method it is copied and pickled with its module."""
+
+    def __init__(self, module: nn.Module, *, head: bool = False):
+        self.__self__, self.head = module, head
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (_head_forward if self.head else _model_forward)(self.__self__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:  # accelerate binds it to the module once more
+        return _head_forward if self.head else _function_of(type(self.__self__))
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # of the model's own forward, for what looks at its parameters
+        return inspect.signature(types.MethodType(self.__func__, self.__self__))
+
+
+@functools.cache
+def _function_of(model_class: type) -> Callable[..., Any]:
+    """`_model_forward` with the name and the parameters of a class's own; nothing leads back to that one."""
+
+    @functools.wraps(model_class.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _model_forward(self, *args, **kwargs)
+
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(model_class.forward)
+    return forward
+
+
+def _attach(head: nn.Module) -> None:
+    """Let a head look for fused calls, once. PEFT and `resize_token_embeddings` make new ones."""
+    if "_unfused_forward" not in head.__dict__:
+        slot = _slot(head)
+        head._unfused_forward, head._fused_calls = getattr(head, slot), {}  # by thread
+        setattr(head, slot, _Forward(head, head=True))
 
 
 def _slot(module: nn.Module) -> str:
@@ -92,6 +130,7 @@ def _slot(module: nn.Module) -> str:
 def _restore(module: nn.Module, slot: str) -> None:
     """Put the forward back that was there before."""
     original = module.__dict__.pop("_unfused_forward")
+    module.__dict__.pop("_fused_calls", None)
     if getattr(original, "__func__", None) is getattr(type(module), "forward", None) and slot == "forward":
         del module.forward
     else:
@@ -165,10 +204,18 @@ def _model_forward(
     return (request.result, *extra) if extra else request.result
 
 
-def _head_forward(self, hidden: Tensor) -> Tensor:
-    request = getattr(self, "_request", None)
+def _head_forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+    if self._fused_calls:
+        return _answer(self, hidden, args, kwargs)
+    return self._unfused_forward(hidden, *args, **kwargs)
+
+
+@torch.compiler.disable
+def _answer(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The result of this thread's fused call, kept in its request, and made-up logits for the model."""
+    request = self._fused_calls.get(threading.get_ident())
     if request is None:
-        return self._unfused_forward(hidden)
+        return self._unfused_forward(hidden, *args, **kwargs)
     if request.transform is not None:
         if request.target.shape != hidden.shape[:-1]:
             want, got = _checks.shape_str(hidden.shape[:-1]), _checks.shape_str(request.target.shape)
@@ -238,13 +285,15 @@ def _is_plain(head: nn.Module, name: str) -> bool:
     return type(a) is type(b) is nn.Linear and b.bias is None and not dropout and not variant
 
 
+@torch.compiler.disable(recursive=False)
 def _run(base: nn.Module, request: _Request, args: tuple, kwargs: dict) -> Any:
-    head = _head(base)
-    head._request = request
+    head, thread = _head(base), threading.get_ident()
+    _attach(head)
+    head._fused_calls[thread] = request
     try:
         output = base._unfused_forward(*args, **kwargs)
     finally:
-        del head._request
+        del head._fused_calls[thread]
     if request.hidden is None:
         raise ValueError(f"{type(base).__name__}.forward does not call its output head: it cannot be fused")
     return output

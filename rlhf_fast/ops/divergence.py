@@ -102,6 +102,7 @@ def linear_divergence(
     share = _checks.check_positive("ref_share", ref_share)
     if share >= 1:
         raise ValueError(f'ref_share must lie between 0 and 1 (its ends are "forward" and "reverse"), got {ref_share}')
+    ref_hidden, ref_weight, ref_bias = (_checks.savable(t) for t in (ref_hidden, ref_weight, ref_bias))
     own = _check_operands("", hidden, weight, bias)
     ref = _check_operands("ref_", ref_hidden, ref_weight, ref_bias)
     lead = hidden.shape[:-1]

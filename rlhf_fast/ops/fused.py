@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_fast import _checks
-from rlhf_fast.ops._eager import WAITS
+from rlhf_fast.ops._eager import WAITS, last_walk
 from rlhf_fast.ops._fused_run import ROW_COUNTS, Call, LossFn, run
 from rlhf_fast.ops._head import Lora, Wanted, hidden_grad_dtype, wanted, weight_grad_dtype
 from rlhf_fast.ops._once import once_differentiable, roots
@@ -188,9 +188,9 @@ def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 def scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * dloss in `dtype`, never in place: the graph may be walked twice.
 
-    On the CPU, where looking costs nothing, a factor of 1 hands the gradient on as it is.
+    On the CPU, where looking costs nothing, a factor of 1 hands the gradient on as it is, once nobody walks again.
     """
-    if grad.dtype == dtype and dloss.device.type == "cpu" and dloss.item() == 1.0:
+    if grad.dtype == dtype and dloss.device.type == "cpu" and last_walk(dloss) and dloss.item() == 1.0:
         return grad
     return torch.mul(grad, dloss).to(dtype) if grad.dtype == dtype else _scaled_cast(grad, dloss, dtype)
 

@@ -98,6 +98,7 @@ def kl_estimate(
         check_estimator("gradient", gradient)
     if mask is not None:
         _checks.check_mask("mask", mask, logprob.shape, "logprob's shape")
+    ref_logprob = _checks.savable(ref_logprob)
     if _in_one_pass(logprob, ref_logprob, mask):
         return _KlPass.apply(logprob, ref_logprob, mask, estimator, gradient or estimator)
     if mask is not None:
