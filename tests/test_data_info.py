@@ -139,7 +139,7 @@ def test_mixing():
         return " ".join(r["x"] for r in mix([a, b], *args, **kwargs))
 
     assert mixed() == "a0 a1 b0 b1 b2 b3 b4"
-    assert mixed("interleave_under") == "a0 b0 a1"
+    assert mixed("interleave_under") == "a0 b0 a1 b1"
     assert mixed("interleave_over") == "a0 b0 a1 b1 a0 b2 a1 b3 a0 b4"
     by_chance = mixed("interleave_under", "0.1, 0.9")
     assert by_chance.split().count("b4") == 1 or by_chance.endswith("a1")
@@ -151,6 +151,23 @@ def test_mixing():
     for bad in ([0.5], [0.5, 0.6], [-1, 2], "x, y"):
         with pytest.raises(ValueError, match="interleave_probs must be"):
             mixed("interleave_over", bad)
+
+
+@pytest.mark.parametrize("lengths", [(3, 4, 3), (1, 5), (2, 2), (700, 1, 900)])
+@pytest.mark.parametrize("strategy", ["interleave_under", "interleave_over"])
+@pytest.mark.parametrize("chance", [False, True])
+def test_interleaving_is_that_of_datasets(lengths, strategy, chance):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    parts = [[f"{p}:{i}" for i in range(n)] for p, n in enumerate(lengths)]
+    shares = [1 - 0.2 * (len(lengths) - 1)] + [0.2] * (len(lengths) - 1) if chance else None
+    theirs = datasets.interleave_datasets(
+        [datasets.Dataset.from_dict({"x": part}) for part in parts],
+        probabilities=shares,
+        seed=3,
+        stopping_strategy={"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}[strategy],
+    )
+    ours = mix([Rows.from_list([{"x": x} for x in part]) for part in parts], strategy, shares, seed=3)
+    assert [row["x"] for row in ours] == list(theirs["x"])
 
 
 def test_names_and_paths(tmp_path):

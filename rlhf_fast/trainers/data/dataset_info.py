@@ -149,8 +149,8 @@ def mix(
 
     Args:
         strategy: concat; interleave_under: in turns until one is used up; interleave_over: in turns until all are,
-            the others starting again.
-        probabilities: of each part's turn, summing to 1; None: one after the other.
+            the others starting again. The rows of `datasets.interleave_datasets` (first_exhausted, all_exhausted).
+        probabilities: of each part's turn, summing to 1; None: one after the other, in whole rounds.
     """
     if strategy not in MIXES:
         raise ValueError(f"mix_strategy must be one of {', '.join(MIXES)}, got {strategy!r}{nearest(strategy, MIXES)}")
@@ -161,15 +161,19 @@ def mix(
 
 def _turns(lengths: list[int], shares: np.ndarray | None, strategy: str, seed: int) -> Iterator[tuple[int, int]]:
     """(part, row) in turns."""
+    under = strategy == "interleave_under"
+    if shares is None:
+        for turn in range(min(lengths) if under else max(lengths)):
+            yield from ((p, turn % length) for p, length in enumerate(lengths))
+        return
     rng = np.random.default_rng(seed)
     taken = [0] * len(lengths)
     while True:
-        block = range(len(lengths)) if shares is None else rng.choice(len(lengths), 1024, p=shares).tolist()
-        for p in block:
+        for p in rng.choice(len(lengths), 1024, p=shares).tolist():
             yield p, taken[p] % lengths[p]
             taken[p] += 1
             used_up = [t >= n for t, n in zip(taken, lengths, strict=True)]
-            if any(used_up) if strategy == "interleave_under" else all(used_up):
+            if any(used_up) if under else all(used_up):
                 return
 
 
