@@ -89,6 +89,85 @@ def test_a_folder_of_all_kinds(tmp_path):
     assert len(read_rows([tmp_path], limit=601)) == 601
 
 
+def call(name, **arguments):
+    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+def tool(name, **properties):
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def called(calls, answer="a"):
+    """A conversation with calls."""
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer, "tool_calls": calls}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "folder"])
+def test_calls_and_tools_are_free_of_the_nulls_that_arrow_fills_in(tmp_path, kind):
+    """What two calls or schemas do not share is null in the table; nulls of other columns, and in lists, stay."""
+    rows = [
+        {
+            "messages": called(call("f", city="x", days=[1, None])),
+            "tools": [tool("f", city={"type": "string", "enum": ["x", None]}) | {"strict": True}],
+            "named_otherwise": [tool("g", n={"type": "int"})],
+            "cases": [{"a": 1, "b": None}, {"a": 2, "b": 3}],
+        },
+        {
+            "messages": called(call("g", n=1)),
+            "tools": [tool("g", n={"type": "int"})],
+            "named_otherwise": [tool("f", city={"type": "string"})],
+            "cases": [{"a": None, "b": 1}],
+        },
+    ]
+    path, table = tmp_path / f"x.{kind}".removesuffix(".folder"), pa.Table.from_pylist(rows)
+    if kind == "folder":
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    elif kind == "parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as f:
+            f.write_table(table)
+    for row, want in zip(read_rows([path]), rows, strict=True):
+        assert row["messages"][1]["tool_calls"] == want["messages"][1]["tool_calls"]
+        assert {key: row[key] for key in ("tools", "named_otherwise", "cases")} == {
+            key: want[key] for key in ("tools", "named_otherwise", "cases")
+        }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_json_features_of_datasets_are_decoded(tmp_path, kind):
+    """Also where they are deep in a column; a null that their text holds stays, in calls too."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    if not hasattr(datasets, "Json"):
+        pytest.skip("datasets before 5 has no Json feature")
+    features = {"messages": [datasets.Json()], "info": {"a": datasets.Json(), "b": datasets.Value("string")}}
+    rows = [
+        {"messages": called(call("f", city=None)), "info": {"a": 1, "b": "1"}},
+        {"messages": called(call("g", city=2)), "info": {"a": {"x": [None]}, "b": "{}"}},
+        {"messages": called(call("g"), answer=""), "info": {"a": None, "b": None}},
+    ]
+    columns = {key: [row[key] for row in rows] for key in features}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    path = tmp_path / "x" if kind == "folder" else tmp_path / "x.parquet"
+    data.save_to_disk(str(path)) if kind == "folder" else data.to_parquet(str(path))
+    assert list(read_rows([path])) == rows
+
+
+def test_json_that_is_none_names_the_row(tmp_path):
+    from pyarrow import parquet
+
+    if not hasattr(pa, "json_"):
+        pytest.skip("pyarrow before 19 has no JSON type")
+    parquet.write_table(pa.table({"info": pa.array(["1", "{"], pa.json_())}), tmp_path / "x.parquet")
+    rows = read_rows([tmp_path])
+    assert rows[0] == {"info": 1}
+    with pytest.raises(ValueError, match=r"x\.parquet, row 2: not valid JSON: Expecting property name"):
+        rows[1]
+
+
 def test_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)

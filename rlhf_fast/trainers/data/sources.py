@@ -107,6 +107,7 @@ class Table:
         self.table, self.name = table, name
         self._length = table.num_rows if limit is None else min(limit, table.num_rows)
         self._at, self._rows = 0, []
+        self._changed: dict[str, Any] = {}  # the columns that Arrow hands out otherwise than they were, and their types
 
     def __len__(self) -> int:
         return self._length
@@ -118,10 +119,34 @@ class Table:
             is_table = hasattr(self.table, "slice")
             part = self.table.slice(self._at, end - self._at) if is_table else self.table[self._at : end]
             self._rows = part.to_pylist()
-        return self._rows[i - self._at]
+            self._changed = {f.name: f.type for f in part.schema if CHANGED.search(f"{f.name}: {f.type}")}
+        row = self._rows[i - self._at]
+        changed = self._changed.items()
+        return row | {k: _restored(row[k], t, self.where(i), k in CALLS) for k, t in changed} if changed else row
 
     def where(self, i: int) -> str:
         return f"{self.name}, row {i + 1}"
+
+
+CALLS = ("tools", "tool_calls", "function")
+CHANGED = re.compile(rf"arrow\.json|\b({'|'.join(CALLS)}): ")
+
+
+def _restored(value: Any, arrow: Any, where: str, call: bool) -> Any:
+    """A value of Arrow's type as it was before: JSON (`datasets.Json`) decoded, and in calls and tools no key added.
+
+    The values of a column share all keys, and those that one lacked are null; a call or a schema with them is another.
+    """
+    if value is None:
+        return None
+    if getattr(arrow, "extension_name", None) == "arrow.json":
+        return parse_json(value.encode(), where)
+    if isinstance(value, list) and hasattr(arrow, "value_type"):
+        return [_restored(v, arrow.value_type, where, call) for v in value]
+    if isinstance(value, dict) and hasattr(arrow, "get_field_index"):  # a struct, which gives its fields
+        given = ((field, value[field.name]) for field in arrow if not (call and value[field.name] is None))
+        return {f.name: _restored(v, f.type, where, call or f.name in CALLS) for f, v in given}
+    return value
 
 
 def _load_from_disk(path: Path, split: str | None) -> Any:
