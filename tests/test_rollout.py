@@ -228,21 +228,55 @@ def test_batches_of_sequences():
     torch.testing.assert_close(whole.logprob, parts.logprob, rtol=1e-5, atol=2e-6)
 
 
-def test_a_cache_that_cannot_repeat_falls_back_with_a_warning(monkeypatch):
-    model = tiny(model_type="mistral", sliding_window=4)
-    want = GroupSampler(model, settings(), seed=2)(RAGGED, 3)
+def with_states(kind):
+    """A tiny model that keeps states, most of them beside keys and values."""
+    base = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, initializer_range=0.4, eos_token_id=EOS)
+    attention = base | dict(intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, pad_token_id=PAD)
+    mamba = dict(mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8)
+    hybrid = dict(lru_width=16, attention_window_size=4, num_hidden_layers=3, w_init_variance_scale=0.5)
+    options = {
+        "mamba": base,
+        "falcon_mamba": base,
+        "falcon_h1": attention | mamba | dict(mamba_d_ssm=32, head_dim=8),
+        "recurrent_gemma": attention | hybrid,
+    }
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **options[kind]))
 
-    def cannot(self, repeats):
-        raise NotImplementedError
 
-    monkeypatch.setattr(transformers.cache_utils.DynamicLayer, "batch_repeat_interleave", cannot)
-    sampler = GroupSampler(model, settings(), seed=2)
-    with pytest.warns(UserWarning, match="prefilled 3 times"):
-        got = sampler(RAGGED, 3)
-    assert got.completions() == want.completions()
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "falcon_h1"])
+def test_states_are_repeated_and_selected_like_keys(kind):
+    """Ragged prompts, groups, and rows that leave the batch."""
+    model = with_states(kind)
+    sampler = GroupSampler(model, settings(), seed=3, compact_below=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for group in (1, 3):
+            check_recorded(model, RAGGED, group, sampler(RAGGED, group))
+
+
+def test_a_cache_without_the_states_is_not_repeated():
+    """RecurrentGemma keeps them in its modules: each prompt is prefilled for the group, and nobody leaves the batch."""
+    model = with_states("recurrent_gemma")
+    sampler = GroupSampler(model, settings(), seed=3, compact_below=1.0)
+    with pytest.warns(UserWarning, match="RecurrentGemmaForCausalLM's cache cannot be repeated for a group"):
+        check_recorded(model, RAGGED, 3, sampler(RAGGED, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        sampler(RAGGED, 3)
+        check_recorded(model, RAGGED, 1, sampler(RAGGED))
+
+
+def test_prompts_of_one_length_at_a_time_where_padding_is_read(monkeypatch):
+    model = with_states("mamba")
+    mixer = type(model.backbone.layers[0].mixer)
+    forward = mixer.forward
+    monkeypatch.setattr(mixer, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs | blind))
+    blind = {"attention_mask": None}
+    sampler = GroupSampler(model, settings(), seed=3, batch_size=9)
+    prompts = [*RAGGED, [6], [8, 9, 10]]
+    with pytest.warns(UserWarning, match="reads padding: only prompts of one length are sampled together"):
+        rollout = sampler(prompts, 3)
+    check_recorded(model, prompts, 3, rollout)
 
 
 def test_bad_input_is_named():

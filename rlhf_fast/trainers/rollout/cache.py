@@ -42,19 +42,25 @@ class RoomyLayer(DynamicLayer):
         self._view(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.keys.shape[2]
-        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self.key_room, self.value_room = self.key_room[beam_idx], self.value_room[beam_idx]
         self._view(length)
 
 
-def expand_cache(cache: DynamicCache, repeats: int, room: int) -> None:
-    """Repeat a prefilled cache for the group, with room for `room` tokens where its layers hold all of them.
+def expand_cache(cache: DynamicCache, rows: Tensor, repeats: int, room: int) -> None:
+    """Repeat `rows`, all of a prefilled cache, for the group, with room for `room` tokens where layers hold them all.
 
-    Raises: AttributeError or NotImplementedError from a layer that cannot be repeated.
+    They are repeated by `reorder_cache`, which layers with the states of a linear attention have, too.
     """
+    every = rows.repeat_interleave(repeats)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[i] = RoomyLayer(layer, repeats, room)
         elif repeats > 1:
-            layer.batch_repeat_interleave(repeats)
+            layer.reorder_cache(every)
+
+
+def holds_keys(cache: DynamicCache) -> bool:
+    """Whether a prefilled cache has keys to attend to, or only states, which are past the padding already."""
+    return any(getattr(layer, "keys", None) is not None for layer in cache.layers)

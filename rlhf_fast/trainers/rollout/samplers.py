@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf_fast.trainers.rollout.cache import cache_keyword, expand_cache
+from rlhf_fast.trainers.rollout.cache import cache_keyword, expand_cache, holds_keys
+from rlhf_fast.trainers.rollout.probe import Abilities, abilities
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,14 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return ids.to(device), torch.tensor([len(p) for p in prompts], device=device)
 
 
+def by_length(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[int]]:
+    """`rows` in parts whose prompts have one length."""
+    parts: dict[int, list[int]] = {}
+    for row in rows:
+        parts.setdefault(len(prompts[row]), []).append(row)
+    return list(parts.values())
+
+
 def flat_rollout(ids: Tensor, logprob: Tensor, lengths: Tensor, stopped: Tensor, settings: SamplerSettings) -> Rollout:
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=ids.device)
@@ -170,7 +179,7 @@ class GroupSampler:
         names = inspect.signature(type(base).forward).parameters
         self._takes_positions = "position_ids" in names
         self._prefill_args = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-        self._config, self._shares, self._cache_keyword = base.config, True, cache_keyword(base)
+        self._config, self._cache_keyword, self._able = base.config, cache_keyword(base), None
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._eos = torch.tensor(settings.eos_token_ids, device=self.device)
@@ -184,37 +193,56 @@ class GroupSampler:
     def __call__(self, prompts: Sequence[Sequence[int]], group_size: int = 1) -> Rollout:
         at_once = prompts_at_once(self.batch_size, len(prompts), group_size)
         with evaluating(self.model), torch.no_grad():
-            parts = [self._sample(prompts[i : i + at_once], group_size) for i in range(0, len(prompts), at_once)]
-        return flat_rollout(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), self.settings)
+            self._able = self._able or self._look()
+            batches = [range(i, min(i + at_once, len(prompts))) for i in range(0, len(prompts), at_once)]
+            if not self._able.pads:
+                batches = [rows for batch in batches for rows in by_length(prompts, batch)]
+            parts = [self._sample([prompts[row] for row in rows], group_size) for rows in batches]
+        place = torch.tensor([row for rows in batches for row in rows], device=self.device).argsort()
+        place = (place[:, None] * group_size + torch.arange(group_size, device=self.device)).flatten()
+        return flat_rollout(*(torch.cat(tensors)[place] for tensors in zip(*parts, strict=True)), self.settings)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], group_size: int):
+    def _look(self) -> Abilities:
+        """What the cache is good for; a warning says what the sampler does without."""
+
+        def prefill(prompts: Sequence[Sequence[int]], masked: bool) -> tuple[DynamicCache, tuple]:
+            cache, _, mask, lengths = self._prefill(prompts, 1, masked=masked)
+            return cache, (mask, lengths)
+
+        def decode(cache: DynamicCache, rest: tuple, rows: Tensor, token: int) -> Tensor:
+            mask, position = (None if x is None else x[rows.to(x.device)] for x in rest)
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            return self._forward(torch.full_like(position[:, None], token), mask, position[:, None], cache)
+
+        able, name = abilities(prefill, decode, self._config, self.settings.pad_token_id), type(self.model).__name__
+        if not able.pads:
+            warnings.warn(f"{name} reads padding: only prompts of one length are sampled together", stacklevel=3)
+        if not able.moves:
+            warnings.warn(
+                f"{name}'s cache cannot be repeated for a group: each prompt is prefilled for every completion, and "
+                "finished ones stay in the batch",
+                stacklevel=3,
+            )
+        return able
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], group_size: int, *, masked: bool = True):
         """The group's cache, its next-token logits (B, V), the padding mask (or None) and prompt lengths (B,)."""
         ids, lengths = pad_left(prompts, self.settings.pad_token_id, self.device)
-        shared = self._shares and group_size > 1
+        shared = group_size > 1 and self._able.moves
         if not shared:
             ids, lengths = ids.repeat_interleave(group_size, 0), lengths.repeat_interleave(group_size, 0)
         mask = None
-        if int(lengths.min()) < ids.shape[1]:
+        if masked and int(lengths.min()) < ids.shape[1]:
             mask = torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths[:, None]
         positions = (torch.arange(ids.shape[1], device=self.device) - (ids.shape[1] - lengths[:, None])).clamp_(min=0)
         cache = DynamicCache(config=self._config)
         logits = self._forward(ids, mask, positions, cache, **self._prefill_args)
         repeats, room = (group_size if shared else 1), self.settings.max_new_tokens
-        try:
-            expand_cache(cache, repeats, room)
-        except (AttributeError, NotImplementedError):
-            if not shared:
-                raise
-            warnings.warn(
-                f"{type(self.model).__name__}'s cache cannot be repeated for a group: each prompt is prefilled "
-                f"{group_size} times instead of once",
-                stacklevel=4,
-            )
-            self._shares = False
-            return self._prefill(prompts, group_size)
+        expand_cache(cache, torch.arange(len(ids), device=self.device), repeats, room)
         if shared:
             logits, lengths = logits.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats, 0)
             mask = None if mask is None else mask.repeat_interleave(repeats, 0)
+        mask = mask if holds_keys(cache) else None  # state-space models would mask the new tokens by the old ones
         return cache, logits, mask, lengths
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache, **kwargs) -> Tensor:
@@ -248,7 +276,6 @@ class GroupSampler:
         stopped = torch.zeros(total, dtype=torch.bool, device=device)
         rows = torch.arange(total, device=device)  # the sequences still in the batch
         look_every = 1 if device.type == "cpu" else 8  # looking costs the accelerator a sync
-        compacts = self.compact_below > 0 and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
         for t in range(steps):
             token, ids_logprob = self._draw(logits)
             ids[rows, t], logprob[rows, t] = token, ids_logprob
@@ -261,8 +288,8 @@ class GroupSampler:
                 going = (~stopped[rows]).nonzero()[:, 0]
                 if len(going) == 0:
                     break
-                if compacts and len(going) < self.compact_below * len(rows):
-                    cache.batch_select_indices(going)
+                if self._able.moves and len(going) < self.compact_below * len(rows):
+                    cache.reorder_cache(going)
                     rows, token, position = rows[going], token[going], position[going]
                     mask = None if mask is None else mask[going]
             if mask is not None:
