@@ -1,5 +1,6 @@
 """Samplers: what is recorded is what the model says, whatever the padding, the grouping and the compaction."""
 
+import copy
 import warnings
 
 import pytest
@@ -209,6 +210,38 @@ def test_restricted_sampling_warns_and_stays_inside(kind, limits):
         p, order = torch.softmax(model(torch.tensor([[5, 6]])).logits[0, -1], -1).sort(descending=True)
     size = limits.get("top_k") or int((p.cumsum(0) < limits["top_p"]).sum()) + 1
     assert drawn == set(order[:size].tolist())
+
+
+UNASKED = {
+    "min_p": 0.5, "typical_p": 0.3, "top_h": 0.4, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_k": 1,
+    "min_new_tokens": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 2.0, "suppress_tokens": [5, 6, 7],
+    "begin_suppress_tokens": [5, 6], "bad_words_ids": [[8]], "forced_eos_token_id": EOS, "temperature": 3.0,
+    "return_dict_in_generate": True, "num_return_sequences": 2, "num_beams": 3, "use_cache": False,
+    "sequence_bias": [[[9], 5.0]], "renormalize_logits": True, "output_scores": True, "max_time": 1e-9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "adapter"])
+@pytest.mark.parametrize("greedy", [False, True], ids=["", "greedy"])
+def test_the_models_generation_config_changes_nothing(adapter, greedy):
+    model = tiny()
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    base = model.get_base_model() if adapter else model
+    plain = base.generation_config
+    want = make_sampler("generate", model, settings(greedy=greedy), seed=1)(RAGGED, 2)
+    check_recorded(model, RAGGED, 2, want)
+    for name, value in UNASKED.items():
+        own = base.generation_config = copy.deepcopy(plain)
+        assert hasattr(own, name)
+        setattr(own, name, value)
+        before = own.to_dict()
+        got = make_sampler("generate", model, settings(greedy=greedy), seed=1)(RAGGED, 2)
+        assert got.completions() == want.completions(), name
+        torch.testing.assert_close(got.logprob, want.logprob, msg=name)
+        assert base.generation_config is own
+        assert own.to_dict() == before
 
 
 def test_restrict_keeps_the_smallest_sufficient_set():

@@ -1,12 +1,16 @@
-"""The sampler over `model.generate`: no shared prefill, log-probabilities recorded by a logits processor."""
+"""The sampler over `model.generate`: no shared prefill, log-probabilities recorded by a logits processor.
+
+Nothing of the model's own generation_config restricts or shifts what is drawn: it is put aside while sampling.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_fast.trainers.rollout.samplers import (
     Rollout,
@@ -35,6 +39,30 @@ class _Recorder(LogitsProcessor):
     def take(self, input_ids: Tensor) -> None:
         if self.last is not None:
             self.columns.append(self.last.gather(1, input_ids[:, -1:]))
+
+
+@contextmanager
+def own_generation(model: nn.Module, settings: SamplerSettings) -> Iterator[GenerationConfig]:
+    """The configuration for `settings`, which inside of the block is also the model's.
+
+    `generate` fills what a configuration leaves open from the model's: penalties, minimal lengths, forced tokens.
+    """
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=not settings.greedy,
+        **({} if settings.greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),  # the recorder's business
+        eos_token_id=list(settings.eos_token_ids),
+        pad_token_id=settings.pad_token_id,
+    )
+    holders = [part for part in model.modules() if "generation_config" in vars(part)]
+    before = [part.generation_config for part in holders]
+    for part in holders:
+        part.generation_config = config
+    try:
+        yield config
+    finally:
+        for part, its_own in zip(holders, before, strict=True):
+            part.generation_config = its_own
 
 
 class GenerateSampler:
@@ -70,20 +98,13 @@ class GenerateSampler:
         width = prompt_ids.shape[1]
         mask = torch.arange(width, device=self.device) >= width - prompt_lengths[:, None]
         recorder = _Recorder(settings)
-        out = self.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=mask.long(),
-            logits_processor=LogitsProcessorList([recorder]),
-            do_sample=not settings.greedy,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            max_new_tokens=steps,
-            eos_token_id=list(settings.eos_token_ids),
-            pad_token_id=settings.pad_token_id,
-        )
+        with own_generation(self.model, settings) as config:
+            out = self.model.generate(
+                input_ids=prompt_ids,
+                attention_mask=mask.long(),
+                logits_processor=LogitsProcessorList([recorder]),
+                generation_config=config,
+            )
         recorder.take(out)
         got = out[:, width:]
         is_eos = torch.isin(got, torch.tensor(settings.eos_token_ids, device=self.device))
