@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from rlhf_fast.integrations.lm_head import fuse_lm_head  # noqa: E402
 from rlhf_fast.losses import PolicyLoss  # noqa: E402
 from rlhf_fast.trainers.experience import IGNORE, build_experience, collate  # noqa: E402
 from rlhf_fast.trainers.rollout.samplers import GroupSampler, Rollout, make_sampler  # noqa: E402
-from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, chat_turn  # noqa: E402
+from rlhf_fast.trainers.rollout.turns import MultiTurnSampler, chat_turn, conversations  # noqa: E402
 
 LETTERS = "abcdefghijklmnopqrstu"
 PROMPTS = [[5, 6, 7], [9, 3, 4, 8]]
@@ -47,7 +49,7 @@ class Script:
         assert len(completions) == len(prompts) * group_size
         ids = torch.tensor([t for c in completions for t in c])
         ends = torch.tensor([0, *map(len, completions)]).cumsum(0).int()
-        finish = ["stop" if c[-1] == EOS else "length" for c in completions]
+        finish = ["stop" if c[-1] in self.settings.eos_token_ids else "length" for c in completions]
         return Rollout(ids, -ids.float(), ends, finish, self.settings)
 
 
@@ -189,12 +191,30 @@ def test_chat_turn_takes_the_template_apart(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     assert chat_turn(tokenizer, "tool")("42") == "|[tool]42|[assistant]"
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("<eos>", "</s>"))
-    with pytest.raises(ValueError, match="does not end an assistant's turn with the EOS token '<eos>'"):
+    with pytest.raises(
+        ValueError, match="stops \\('<eos>'\\) but with '</s>[|]': put the id of its end of turn into eos_token_id"
+    ):
         chat_turn(tokenizer)
     forgets = "{% for m in messages %}{% if loop.last or m.role == 'user' %}" + TURN + "{% endif %}{% endfor %}" + ASKED
     monkeypatch.setattr(tokenizer, "chat_template", forgets)  # earlier turns of the assistant
     with pytest.raises(ValueError, match="rewrites earlier turns when a message of role 'user' follows"):
         chat_turn(tokenizer)("a")
+
+
+def test_a_turn_may_end_with_another_stop_than_eos(tokenizer, monkeypatch):
+    """Gemma's templates: <end_of_turn>, at which its generation_config.json stops, while EOS is another token."""
+    stop = tokenizer.convert_tokens_to_ids("u")
+    options = dict(environment_role="tool", max_turns=2, max_completion_length=99)
+    config = types.SimpleNamespace(environment=lambda *_: ["a"], **options)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("<eos>", "u"))
+    talks = conversations(Script([[5, stop]], [[6, EOS]], eos_token_ids=(EOS, stop)), config, tokenizer)
+    assert talks.render("42") == "|[tool]42|[assistant]"
+    [ids] = talks(PROMPTS[:1]).completions()
+    assert ids[:2] == [5, stop]
+    assert ids[-2:] == [6, EOS]
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE.replace("<eos>", "u<eos>"))
+    talks = conversations(Script(eos_token_ids=(EOS, stop)), config, tokenizer)
+    assert talks.render("42") == "<eos>|[tool]42|[assistant]"  # what the template puts behind the stop is not sampled
 
 
 def test_bad_input_is_named(tokenizer):

@@ -174,24 +174,33 @@ def conversations(sampler: Sampler, config: Any, tokenizer: Any) -> MultiTurnSam
     """The sampler of conversations that a `RolloutConfig` describes."""
     environment = load_environment(config.environment)
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    render = {"render": chat_turn(tokenizer, config.environment_role)} if has_template else {}
+    stops = sampler.settings.eos_token_ids
+    render = {"render": chat_turn(tokenizer, config.environment_role, stops)} if has_template else {}
     limits = dict(max_turns=config.max_turns, max_length=config.max_completion_length)
     return MultiTurnSampler(sampler, environment, tokenizer, **limits, **render)
 
 
-def chat_turn(tokenizer: Any, role: str = "user") -> Callable[[str], str]:
-    """What a chat template puts behind an assistant's turn (which ends with EOS) for a message of `role`: the message
-    and the beginning of the assistant's next turn. ValueError when the template does not grow by appending.
+def chat_turn(tokenizer: Any, role: str = "user", stops: Sequence[int] = ()) -> Callable[[str], str]:
+    """What a chat template puts behind an assistant's turn for a message of `role`: the message and the beginning of
+    the assistant's next turn. The turn ends with the first token of `stops`, the ids at which sampling ends (default:
+    EOS). ValueError when none is in the template's turn, or it does not grow by appending.
     """
-    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    answer = "an answer"
+    opening = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
 
     def text(messages: list[dict], more: bool) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more)
 
-    before, eos = text(opening, False), tokenizer.eos_token
-    if eos not in before:
-        raise ValueError(f"the chat template does not end an assistant's turn with the EOS token {eos!r}")
-    kept = before.rindex(eos) + len(eos)  # what has been sampled by then
+    before, ends = text(opening, False), tokenizer.convert_ids_to_tokens(list(stops) or [tokenizer.eos_token_id])
+    start = before.rfind(answer) + len(answer)
+    found = [(at, at + len(end)) for end in ends if end and (at := before.find(end, start)) >= 0]
+    if answer not in before or not found:
+        raise ValueError(
+            f"the chat template does not end an assistant's turn with a token at which sampling stops "
+            f"({', '.join(map(repr, ends))}) but with {before[start:]!r}: put the id of its end of turn into "
+            "eos_token_id of the model's generation_config.json"
+        )
+    kept = min(found)[1]  # what has been sampled by then
 
     def render(message: str) -> str:
         after = text([*opening, {"role": role, "content": message}], True)
