@@ -94,9 +94,9 @@ def tokenize_pairs(
         batch = range(start, min(start + BATCH, len(rows)))
         pairs = [forms.pair(rows[i], rows.where(i), tokenizer) for i in batch]
         prompts = encode.many([p.prompt for p in pairs])
-        answers = [side for p in pairs for side in (p.chosen, p.rejected)]
-        answers = encode.many(answers, bos=False, ending_ids=ending_ids)
-        for i, pair, prompt, *both in zip(batch, pairs, prompts, answers[::2], answers[1::2], strict=True):
+        whole = encode.many([p.prompt + side for p in pairs for side in (p.chosen, p.rejected)], ending_ids=ending_ids)
+        for i, pair, prompt, *rows_of in zip(batch, pairs, prompts, whole[::2], whole[1::2], strict=True):
+            both = [tuple(part[len(prompt[0]) :] for part in side) for side in rows_of]
             longest = max(len(ids) for ids, _ in both)
             keep = fit_prompt(prompt[0], longest, max_length, overlong_prompt, encode.prefix)
             if keep is None:
