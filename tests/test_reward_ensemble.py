@@ -131,7 +131,7 @@ def test_greedy_completions_do_not_move_the_statistics(tmp_path):
 
 def test_statistics_are_fixed_inside_of_the_block_only():
     ensemble = RewardEnsemble([constant(1.0, 2.0, 3.0)], normalize=True)
-    with fixed_statistics([ensemble, lengths]):
+    with fixed_statistics([RewardEnsemble([ensemble]), lengths]):  # a member, too
         assert call(ensemble) == [1.0, 2.0, 3.0]
     call(ensemble)
     assert ensemble.statistics[0].count == 3

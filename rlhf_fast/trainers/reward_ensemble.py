@@ -148,7 +148,7 @@ class RewardEnsemble:
 @contextmanager
 def fixed_statistics(functions: Iterable[RewardFunction]) -> Iterator[None]:
     """Inside the block, ensembles among the functions normalise by the statistics they have and take nothing in."""
-    ensembles = [(f, f.fixed) for f in functions if isinstance(f, RewardEnsemble)]
+    ensembles = [(ensemble, ensemble.fixed) for ensemble in _ensembles(functions)]
     for ensemble, _ in ensembles:
         ensemble.fixed = True
     try:
@@ -156,6 +156,14 @@ def fixed_statistics(functions: Iterable[RewardFunction]) -> Iterator[None]:
     finally:
         for ensemble, fixed in ensembles:
             ensemble.fixed = fixed
+
+
+def _ensembles(functions: Iterable[RewardFunction]) -> Iterator[RewardEnsemble]:
+    """Those among the functions, and among their members."""
+    for function in functions:
+        if isinstance(function, RewardEnsemble):
+            yield function
+            yield from _ensembles(function.members.functions)
 
 
 def load_rewards(config: RLConfig, tokenizer: Any = None) -> list[RewardFunction]:
