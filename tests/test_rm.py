@@ -228,6 +228,13 @@ def test_only_the_last_turn_ends_and_only_for_a_reward_model(tmp_path):
         assert chosen(RMConfig) == whole.removesuffix(" nl* </s>*")
         assert chosen(DPOConfig) == whole
         (folder / "model" / "generation_config.json").unlink(missing_ok=True)
+    for text in ("{", '{"model_type": "none"}'):
+        (folder / "model" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="model_name_or_path: no model could be loaded from .*model: "):
+            chosen(RMConfig)
+    (folder / "model" / "generation_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="model_name_or_path: no model could be loaded from .*model: TypeError"):
+        chosen(RMConfig)
 
 
 # ---- runs

@@ -208,14 +208,21 @@ def ending_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def read_ending_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
-    """`ending_ids` of a run's model before it is loaded: of its generation_config.json or, without one, config.json."""
+    """`ending_ids` of a run's model before it is loaded: of its generation_config.json or, without one, config.json.
+
+    Raises: ValueError when neither can be read.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     base, _ = find_adapters(config)
     try:
-        generation: Any = GenerationConfig.from_pretrained(base)
-    except OSError:
-        generation = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).get_text_config()
+        try:
+            generation: Any = GenerationConfig.from_pretrained(base)
+        except OSError:
+            generation = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).get_text_config()
+    except Exception as error:  # what a damaged file makes transformers raise has many types
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"model_name_or_path: no model could be loaded from {base}: {reason}") from error
     return ending_ids(generation, tokenizer)
 
 
