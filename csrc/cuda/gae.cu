@@ -173,8 +173,9 @@ __device__ void tile_moments(const GaeCudaArgs& a, const TileStatus& status, int
   }
 }
 
+// Four blocks a multiprocessor, as many as shared memory has room for on sm_80. For a fifth on sm_90 it would spill.
 template <bool kShaped, bool kMoments>
-__global__ void __launch_bounds__(kThreads) gae_kernel(const GaeCudaArgs a, const TileStatus status) {
+__global__ void __launch_bounds__(kThreads, 4) gae_kernel(const GaeCudaArgs a, const TileStatus status) {
   __shared__ float s_rewards[kPadded];
   __shared__ float s_values[kPadded];
   __shared__ uint8_t s_counts[kTile];

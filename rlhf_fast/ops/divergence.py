@@ -102,7 +102,6 @@ def linear_divergence(
     share = _checks.check_positive("ref_share", ref_share)
     if share >= 1:
         raise ValueError(f'ref_share must lie between 0 and 1 (its ends are "forward" and "reverse"), got {ref_share}')
-    ref_hidden, ref_weight, ref_bias = (_checks.savable(t) for t in (ref_hidden, ref_weight, ref_bias))
     own = _check_operands("", hidden, weight, bias)
     ref = _check_operands("ref_", ref_hidden, ref_weight, ref_bias)
     lead = hidden.shape[:-1]
@@ -113,7 +112,7 @@ def linear_divergence(
     options = dict(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     tf, ref_tf = check_transform(**options), check_transform(**options | _check_options(ref_options))
     scalars = (kind, share, *tf, *ref_tf, *check_chunk(chunk_size, memory_budget))
-    tensors = [*own[:3], *ref[:3]]
+    tensors = [*own[:3], *map(_checks.savable, ref[:3])]
     for i in (0, 3):
         tensors[i] = tensors[i].reshape(-1, tensors[i].shape[-1])
     keep = None if mask is None else mask.reshape(-1).bool()
