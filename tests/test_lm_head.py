@@ -450,10 +450,14 @@ def test_accelerate_wraps_and_unwraps_it():
     model = fuse_lm_head(build("LlamaConfig", torch.float32))
     parameters = list(inspect.signature(model.forward).parameters)
     assert parameters == list(inspect.signature(type(model)(model.config).forward).parameters)
-    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    for keep in (True, False):
-        unwrapped = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=keep)
-        assert isinstance(unwrapped(input_ids=ids, target_ids=targets), LogProb)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's precision
+    try:
+        prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+        for keep in (True, False):
+            unwrapped = accelerate.utils.extract_model_from_parallel(prepared, keep_fp32_wrapper=keep)
+            assert isinstance(unwrapped(input_ids=ids, target_ids=targets), LogProb)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_unknown_transformation_is_refused():
