@@ -218,18 +218,20 @@ def check_target_range(name: str, target: Tensor, mask: Tensor, size: int) -> No
         raise ValueError(f"{name}[{place}] = {int(target[where])} is outside the vocabulary [0, {size})")
 
 
-def check_offsets(name: str, cu_seqlens: Tensor) -> None:
-    """Raise unless these can be offsets, whatever their values."""
+def check_offsets(name: str, cu_seqlens: Tensor, total: int, dims: str = "(S+1,)") -> None:
+    """Raise unless these can be offsets into `total` tokens, whatever their values."""
     check_tensor(name, cu_seqlens)
-    if cu_seqlens.is_meta:
-        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be (S+1,) int32 or int64, got {shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}")
+        raise ValueError(f"{name} must be {dims} int32 or int64, got {shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.numel() == 1 and total:
+        raise ValueError(f"{name} must run from 0 to N={total}, got a single offset: no sequence")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     """Return the offsets as a list; raise unless they rise from 0 to `total`. One host sync."""
-    check_offsets(name, cu_seqlens)
+    check_offsets(name, cu_seqlens, total)
+    if cu_seqlens.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != total:
         raise ValueError(f"{name} must run from 0 to N={total}, got {offsets[0]}..{offsets[-1]}")

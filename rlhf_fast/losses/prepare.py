@@ -129,9 +129,7 @@ def _segments(
     if torch.compiler.is_compiling():
         pass
     elif cu_seqlens.is_cuda and device.type == "cuda":  # a look at the numbers would wait for the device
-        _checks.check_offsets("cu_seqlens", cu_seqlens)
-        if cu_seqlens.numel() == 1 and n:
-            raise ValueError(f"cu_seqlens must run from 0 to N={n}, got a single offset: no sequence")
+        _checks.check_offsets("cu_seqlens", cu_seqlens, n)
         offsets, bad = bounded(cu_seqlens.to(device=device, dtype=torch.int64), n)
         return Segments(None, cu_seqlens.shape[0] - 1, None, offsets=offsets, mask=mask, bad=bad)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast import _backend, _backend_scans
 from rlhf_fast.ops._memory import huge
-from rlhf_fast.ops._sequences import Layout, check_offsets
+from rlhf_fast.ops._sequences import Layout, check_on_host
 
 
 def native(tensor: Tensor, op: str) -> bool:
@@ -80,7 +80,7 @@ def _scan(
     returns: Tensor,  # written
 ) -> None:
     if place.offsets is not None:
-        check_offsets(place.offsets, place.tokens)
+        check_on_host(place.offsets, place.tokens)
     if place.tokens == 0:
         return
     if not native(rewards, op):

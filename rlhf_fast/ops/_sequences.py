@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def layout(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Layout:
-    """The layout of `tensor`, checked but for the values of `cu_seqlens` (see `check_offsets`)."""
+    """The layout of `tensor`, checked but for the values of `cu_seqlens` (see `check_on_host`)."""
     if mask is not None:
         _checks.check_mask("mask", mask, tensor.shape, f"{name}'s shape")
         _checks.check_same_device(**{name: tensor, "mask": mask})
@@ -54,19 +54,14 @@ def layout(name: str, tensor: Tensor, cu_seqlens: Tensor | None, mask: Tensor | 
         raise ValueError(f"cu_seqlens must be on {name}'s device {tensor.device} or the CPU, got {cu_seqlens.device}")
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be (N,) with cu_seqlens, got {_checks.shape_str(tensor.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens must be (B+1,) int32 or int64, got {_checks.shape_str(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    if cu_seqlens.numel() == 1 and tensor.numel():
-        raise ValueError(f"cu_seqlens must run from 0 to N={tensor.numel()}, got a single offset: no sequence")
+    _checks.check_offsets("cu_seqlens", cu_seqlens, tensor.numel(), "(B+1,)")
     offsets = cu_seqlens.to(device=tensor.device, dtype=torch.int64).contiguous()
     if not torch.compiler.is_compiling():
-        check_offsets(offsets, tensor.numel())
+        check_on_host(offsets, tensor.numel())
     return Layout(offsets, offsets.numel() - 1, 0, tensor.numel(), mask)
 
 
-def check_offsets(offsets: Tensor, tokens: int) -> None:
+def check_on_host(offsets: Tensor, tokens: int) -> None:
     """Raise unless host-side offsets rise from 0 to `tokens`. On a GPU that would be a sync: kernels stay in bounds."""
     if offsets.device.type == "cpu":
         _checks.check_cu_seqlens("cu_seqlens", offsets, tokens)

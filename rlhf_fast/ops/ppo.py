@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_fast import _checks
 from rlhf_fast.ops import _scans
 from rlhf_fast.ops._memory import huge
-from rlhf_fast.ops._sequences import Layout, check_offsets, flat, work_dtype
+from rlhf_fast.ops._sequences import Layout, check_on_host, flat, work_dtype
 from rlhf_fast.ops.kl import check_estimator
 from rlhf_fast.ops.value import check_scores, check_unit, gae, masked_whiten, place_of, shape_rewards, start_values
 from rlhf_fast.types import PpoAdvantages
@@ -116,7 +116,7 @@ def _ppo_advantages(
     """(advantages, returns, rewards, kl), each (N,); kl is (0,) without log-probabilities."""
     shaping = dict(kl_coef=kl_coef, kl_estimator=kl_estimator, kl_clip=kl_clip, score_clip=score_clip)
     if offsets is not None:
-        check_offsets(offsets, values.numel())
+        check_on_host(offsets, values.numel())
     if scores.numel() == batch and _scans.native(values, "ppo_advantages") and values.numel():
         rewards, advantages, returns = (huge(torch.empty_like(values)) for _ in range(3))
         kl = None if logprob is None else huge(torch.empty_like(values))

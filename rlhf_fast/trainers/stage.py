@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rlhf_fast.trainers.base import FusedTrainer
-from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback, check_trackers
+from rlhf_fast.trainers.callbacks import QuietProgress, RunLogCallback
 from rlhf_fast.trainers.checkpoint import step_of
 from rlhf_fast.trainers.config import TrainerConfig
 from rlhf_fast.trainers.config_types import names
@@ -169,7 +169,6 @@ def training_arguments(config: TrainerConfig, *, has_eval: bool) -> TrainingArgu
     if values.get("load_best_model_at_end") and values["eval_strategy"] == "no":
         raise ValueError("load_best_model_at_end goes by evaluations: set eval_steps, and an evaluation set")
     join_processes(config)
-    check_trackers(values["report_to"])
     try:
         return TrainingArguments(**values)
     except (ValueError, TypeError) as error:
